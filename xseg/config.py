@@ -1,0 +1,325 @@
+"""Recipes: YAML -> pydantic models. Unknown keys are errors with a did-you-mean; ``base:`` makes a variant a diff.
+
+A recipe is found by path, or by name under its folder: next to the working directory first, then the folders that
+are shipped with xseg. Nothing in a recipe is evaluated or interpolated.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xseg.errors import UserError, did_you_mean
+
+R = TypeVar("R", bound="Recipe")
+
+
+class Recipe(BaseModel):
+    """Base of all recipes: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TaskSpec(BaseModel):
+    """``task: refer_seg`` or ``task: {name: refer_seg, option: value}``; options are fields of that task's class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    """Module under ``xseg.tasks``."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's own options."""
+        return dict(self.model_extra or {})
+
+
+class DataRecipe(Recipe):
+    """One data set: where it lies, which reader reads it, what it is used for."""
+
+    source: str
+    """Module under ``xseg.data.sources``."""
+    options: dict[str, Any] = {}
+    """Arguments of that module's ``Source``; path-like ones are relative to the data root."""
+    task: TaskSpec
+    split: str = "train"
+    licence: str = ""
+    download: str = ""
+    """Where to get it, in words."""
+    count: int | None = None
+    """Expected number of samples; a different number is an error."""
+    sha256: dict[str, str] = {}
+
+
+class MixtureEntry(Recipe):
+    """One data set in a mixture."""
+
+    recipe: str
+    task: TaskSpec | None = None
+    """Replaces the recipe's own task."""
+    limit: int | None = None
+    """Use the first ``limit`` samples only."""
+    repeat: float = 1.0
+    """Multiplies the balance factor."""
+
+
+class Mixture(Recipe):
+    """Data sets that are trained on together."""
+
+    datasets: list[MixtureEntry]
+    balance: float | None = 0.1
+    """t of r = max(1, sqrt(t / f)) (X-SAM section 3.4); None = no resampling."""
+
+
+class LrGroup(Recipe):
+    """Parameters whose name matches ``match`` (regex, first group wins); the rest is frozen."""
+
+    match: str
+    lr: float
+    weight_decay: float = 0.05
+    decay_vectors: bool = True
+    """False: biases, norms and other vectors of this group get no weight decay."""
+
+
+class Schedule(Recipe):
+    """Learning rate over the run, as a factor on every group's ``lr``."""
+
+    kind: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = 0.03
+    """Part of all steps in which the factor rises linearly from 1e-5."""
+    milestones: list[float] = []
+    """"step": parts of the run after which the factor is multiplied by ``gamma``."""
+    gamma: float = 0.1
+    floor: float = 0.0
+    """"cosine": final factor."""
+
+
+class LossWeights(Recipe):
+    """Weights and sampling of the criterion (X-SAM section 3.3; Mask2Former)."""
+
+    lm: float = 1.0
+    class_: float = Field(2.0, alias="class")
+    mask: float = 5.0
+    dice: float = 5.0
+    background: float = 0.1
+    """Class weight of the background column in the cross-entropy."""
+    num_points: int = 12544
+    """Sampled points per mask; 0 = every pixel of the prediction grid."""
+    oversample: float = 3.0
+    importance: float = 0.75
+    pixel_class: float = 0.0
+    """Weight of the dense class loss on mask features (not in X-SAM; needs ``segmentor.pixel_classifier``)."""
+    pixel_thing: float = 1.0
+    """Factor on thing pixels in the dense class loss."""
+
+
+class StageRecipe(Recipe):
+    """One training stage."""
+
+    stage: str
+    model: str
+    """Name or path of a model recipe (``train_stages/models``)."""
+    model_overrides: dict[str, Any] = {}
+    """Merged over the model recipe, key by key."""
+    parts: list[Literal["segmentor", "sam", "siglip", "llm"]]
+    """What is built. "sam" = the SAM encoder alone; "segmentor" = SAM encoder, connector, decoders and head."""
+    head: Literal["labels", "concepts"] = "concepts"
+    """Class head: a linear layer over the data set's label list (stage 1) or concept embeddings."""
+    init_from: list[str] = []
+    """``final`` folders of earlier stages, overlaid in this order."""
+    mixture: str | Mixture
+    data_root: str = "data"
+    out: str
+    trainable: list[LrGroup]
+    steps: int | None = None
+    """Optimiser steps; None = ``epochs`` over the resampled mixture."""
+    epochs: float = 1.0
+    batch_size: int = 4
+    """Samples per rank and micro-batch."""
+    accumulate: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    schedule: Schedule = Schedule()
+    loss: LossWeights = LossWeights()
+    jitter: tuple[float, float] | None = None
+    """Large-scale jitter: factor range on the canvas side, then a centre crop (stage 1: 0.1 to 2.0)."""
+    gradient_checkpointing: bool = False
+    num_workers: int = 4
+    seed: int = 1024
+    log_every: int = 1
+    save_every: int = 2000
+    keep_checkpoints: int = 2
+
+
+class ModelRecipe(Recipe):
+    """Sizes of a model; the dicts are the keyword arguments of the transformers configs of the parts."""
+
+    sam: dict[str, Any]
+    siglip: dict[str, Any] = {}
+    llm: dict[str, Any] = {}
+    """``{pretrained: DIR}`` or ``{model_type: phi3, hidden_size: …}`` (random weights)."""
+    segmentor: dict[str, Any] = {}
+    """Fields of ``SegmentorConfig``."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
+    chat_template: str = "phi3"
+    """Name under ``chat_templates`` or a path."""
+    llm_view: Literal["squash", "pad_square"] = "squash"
+    max_tokens: int = 2319
+    """Longest text in ids, images not counted; longer conversations are cut on the right."""
+
+
+class SuiteRow(Recipe):
+    """One line of an evaluation suite."""
+
+    recipe: str
+    task: TaskSpec | None = None
+    limit: int | None = None
+    published: dict[str, float] = {}
+    """metric -> published value."""
+    published_source: str = ""
+
+
+class Suite(Recipe):
+    """What ``xseg eval`` runs."""
+
+    name: str
+    rows: list[SuiteRow]
+
+
+FOLDERS: dict[type[BaseModel], str] = {
+    DataRecipe: "data_recipes",
+    Mixture: "data_recipes/mixtures",
+    StageRecipe: "train_stages",
+    ModelRecipe: "train_stages/models",
+    Suite: "eval/suites",
+}
+
+
+def find(name: str, folder: str, suffix: str = ".yaml", beside: Path | None = None) -> Path:
+    """Return the file or folder ``name``: as a path, beside a given file, in ``./folder``, or in the shipped folder."""
+    given = Path(name).expanduser()
+    package = Path(__file__).parent
+    roots = [
+        Path("."),
+        *([beside] if beside else []),
+        Path(folder),
+        package.parent / folder,
+        package / "assets" / folder,
+    ]
+    for root in roots:
+        for candidate in (root / given, root / f"{name}{suffix}"):
+            if candidate.exists():
+                return candidate
+    known = {
+        p.relative_to(r).with_suffix("").as_posix() for r in roots[-3:] if r.is_dir() for p in r.rglob(f"*{suffix}")
+    }
+    raise UserError(f"{name!r}: no such file, and no recipe of that name in {folder}/{did_you_mean(name, known)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping and apply its ``base:`` chain (deep merge; lists are replaced)."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    base_path = path.parent / base
+    if not base_path.exists():
+        raise UserError(f"{path}: base: {base}: no such file (looked for {base_path})")
+    return merge(read_yaml(base_path), data)
+
+
+def merge(base: dict[str, Any], diff: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``diff`` laid over it; mappings merge key by key, everything else is replaced."""
+    out = dict(base)
+    for key, value in diff.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def load_recipe(kind: type[R], name: str, overrides: Sequence[str] = (), beside: Path | None = None) -> R:
+    """Find, read and check a recipe; ``overrides`` are ``key.sub=value`` strings whose values are YAML."""
+    path = find(name, FOLDERS[kind], beside=beside)
+    data = read_yaml(path)
+    for item in overrides:
+        data = merge(data, parse_override(item))
+    return decode(kind, data, str(path))
+
+
+def parse_override(item: str) -> dict[str, Any]:
+    """``"a.b=3"`` -> ``{"a": {"b": 3}}``."""
+    dotted, equals, value = item.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {item}: write key.sub=value, for example --set steps=100")
+    out: Any = yaml.safe_load(value)
+    for part in reversed(dotted.split(".")):
+        out = {part: out}
+    return out  # type: ignore[no-any-return]
+
+
+def decode(kind: type[R], data: dict[str, Any], where: str) -> R:
+    """Check ``data`` against ``kind``; every fault is named with its place and the nearest known key."""
+    try:
+        return kind.model_validate(shorthand(kind, data))
+    except ValidationError as error:
+        lines = [_explain(kind, fault, where) for fault in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def shorthand(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
+    """Allow ``task: name`` for ``task: {name: name}`` and a bare recipe name as a mixture or suite entry."""
+    out = dict(data)
+    if isinstance(out.get("task"), str):
+        out["task"] = {"name": out["task"]}
+    for key in ("datasets", "rows"):
+        if isinstance(out.get(key), list):
+            out[key] = [
+                shorthand(kind, {"recipe": e} if isinstance(e, str) else e) if isinstance(e, str | dict) else e
+                for e in out[key]
+            ]
+    if isinstance(out.get("mixture"), dict):
+        out["mixture"] = shorthand(kind, out["mixture"])
+    return out
+
+
+def _explain(kind: type[BaseModel], fault: Any, where: str) -> str:
+    place = ".".join(str(p) for p in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(kind, fault["loc"][:-1])
+        return f"{where}: unknown key '{place}'{did_you_mean(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{where}: key '{place}' is missing: it has no default, add it"
+    return f"{where}: {place} = {fault['input']!r}: {fault['msg']}"
+
+
+def _fields_at(kind: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    import typing
+
+    model: Any = kind
+    for part in loc:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        name = next((n for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if name is None:
+            continue
+        queue = [model.model_fields[name].annotation]
+        while queue:
+            hint = queue.pop()
+            if isinstance(hint, type) and issubclass(hint, BaseModel):
+                model = hint
+                break
+            queue.extend(typing.get_args(hint))
+    return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def data_path(root: str | os.PathLike[str], value: str) -> Path:
+    """Resolve a recipe's path against the data root."""
+    return Path(root).expanduser() / Path(value).expanduser()

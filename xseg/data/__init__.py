@@ -1,0 +1,1 @@
+"""Sources, data sets, mixtures and collate."""

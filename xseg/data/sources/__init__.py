@@ -1,0 +1,1 @@
+"""One annotation format per file, each read into Sample."""

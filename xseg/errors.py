@@ -1,0 +1,17 @@
+"""The one error a user can cause. Its message names the value, the rule, the fix and the place."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input from the user; command lines print the message alone and exit with status 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, or the known words when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f" (known: {', '.join(names)})" if names else ""

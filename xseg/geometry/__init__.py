@@ -1,0 +1,1 @@
+"""Masks, prompts and image views; numpy only."""

@@ -1,0 +1,1 @@
+"""Processor, predictor, session and evaluation."""

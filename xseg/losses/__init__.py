@@ -1,0 +1,1 @@
+"""Matching, point sampling and the criterion."""

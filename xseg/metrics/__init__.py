@@ -1,0 +1,1 @@
+"""Mergeable metrics; numpy and hotcoco only."""

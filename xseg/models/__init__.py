@@ -1,0 +1,1 @@
+"""The model: encoders, projectors, language model, mask decoder."""
