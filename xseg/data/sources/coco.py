@@ -1,0 +1,173 @@
+"""COCO annotations: an instances JSON (polygons or RLE), or a panoptic JSON with its folder of id PNGs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xseg.config import data_path
+from xseg.data.records import Packed, field, read_records, records
+from xseg.errors import UserError
+from xseg.geometry.masks import area, read_id_map, rle_from_segmentation
+from xseg.types import Categories, Instance, Masks, Sample, Size
+
+
+class Source:
+    """One sample per image, with its instances (or panoptic segments) and the category list.
+
+    Exactly one of ``instances`` and ``panoptic_json`` is given; ``panoptic_dir`` defaults to the JSON's path without
+    its suffix. With ``instances`` every image of the JSON is a sample, annotated or not; a panoptic image needs its
+    record. Objects without a single pixel are left out. ``name`` starts the keys: ``name/split/image id``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        images: str,
+        instances: str | None = None,
+        panoptic_json: str | None = None,
+        panoptic_dir: str | None = None,
+        name: str = "coco",
+    ) -> None:
+        if (instances is None) == (panoptic_json is None):
+            raise UserError("source coco: give exactly one of the options 'instances' and 'panoptic_json'")
+        self.prefix, self.images = f"{name}/{split}", data_path(root, images)
+        self.path = data_path(root, str(instances or panoptic_json))
+        self.id_maps: Path | None = None
+        if panoptic_json is not None:
+            self.id_maps = data_path(root, panoptic_dir) if panoptic_dir else self.path.with_suffix("")
+        data = read_records(self.path)
+        self.categories: Categories | None = read_categories(data, str(self.path))
+        self.index = category_index(self.categories)
+        group = group_instances if self.id_maps is None else group_segments
+        self.records: Packed[tuple[dict[str, Any], Any]] = Packed(group(data, self.index, str(self.path)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, annotations = self.records[index]
+        key = f"{self.prefix}/{image['id']}"
+        size = (image["height"], image["width"])
+        if self.id_maps is None:
+            masks, instances = read_instances(annotations, size, self.index, f"{self.path}: image {image['id']}")
+        else:
+            masks, instances = self._segments(annotations, size, key)
+        return Sample(
+            key=key,
+            images=(self.images / image["file_name"],),
+            size=size,
+            masks=masks,
+            instances=instances,
+            categories=self.categories,
+            image_id=image["id"],
+        )
+
+    def _segments(self, record: Mapping[str, Any], size: Size, key: str) -> tuple[Masks, tuple[Instance, ...]]:
+        assert self.id_maps is not None
+        path = self.id_maps / record["file_name"]
+        id_map = read_id_map(path)
+        if id_map.shape != size:
+            raise UserError(
+                f"{key}: {path} is {list(id_map.shape)} (height, width), {self.path} says {list(size)}: a panoptic "
+                f"PNG has exactly its image's size; repair one of them"
+            )
+        segments = record["segments_info"]
+        instances = tuple(
+            Instance(row, self.index[s["category_id"]], bool(s.get("iscrowd", 0)), s["id"])
+            for row, s in enumerate(segments)
+        )
+        return Masks(size, id_map=id_map, ids=tuple(s["id"] for s in segments)), instances
+
+
+def read_categories(data: Any, where: str) -> Categories:
+    """The category list of a COCO file in its own order, names cleaned."""
+    rows = records(data, "categories", where)
+    places = [f"{where}: categories[{i}]" for i in range(len(rows))]
+    return Categories(
+        names=tuple(clean_name(str(field(row, "name", place))) for row, place in zip(rows, places, strict=True)),
+        ids=tuple(int(field(row, "id", place)) for row, place in zip(rows, places, strict=True)),
+        is_thing=tuple(bool(row.get("isthing", 1)) for row in rows),
+    )
+
+
+def clean_name(name: str) -> str:
+    """A category name as the language model reads it: first synonym, no panoptic suffixes, spaces, lower case."""
+    name = name.split(",")[0].strip()
+    for suffix in ("-merged", "-other", "-stuff"):
+        name = name.replace(suffix, "")
+    return name.replace("-", " ").lower()
+
+
+def category_index(categories: Categories) -> dict[int, int]:
+    """Category id of the data set -> contiguous index."""
+    return {category: i for i, category in enumerate(categories.ids)}
+
+
+def read_images(data: Any, where: str) -> dict[Any, dict[str, Any]]:
+    """The image records by id, with only what a sample needs."""
+    rows = records(data, "images", where)
+    keys = ("id", "file_name", "height", "width")
+    slim = [{k: field(row, k, f"{where}: images[{i}]") for k in keys} for i, row in enumerate(rows)]
+    return {row["id"]: row for row in slim}
+
+
+def slim_annotation(row: Any, index: Mapping[int, int], where: str) -> dict[str, Any]:
+    """What a sample needs of an instance annotation; UserError for a category that is not in the list."""
+    place = f"{where}: annotation {field(row, 'id', where)}"
+    check_category(field(row, "category_id", place), index, place)
+    slim = {k: field(row, k, place) for k in ("id", "category_id", "segmentation")}
+    return {**slim, "iscrowd": row.get("iscrowd", 0)}
+
+
+def check_category(category: Any, index: Mapping[int, int], where: str) -> None:
+    """UserError when a category id is not in the file's own list."""
+    if category not in index:
+        raise UserError(
+            f"{where}: category_id {category!r} is not among the {len(index)} ids of 'categories': every annotation "
+            f"needs a listed category; add the category or correct the id"
+        )
+
+
+def group_instances(data: Any, index: Mapping[int, int], where: str) -> list[tuple[dict[str, Any], list[Any]]]:
+    """(image, its annotations) for every image of an instances file."""
+    images = read_images(data, where)
+    by_image: dict[Any, list[Any]] = {image: [] for image in images}
+    for row in records(data, "annotations", where):
+        image = field(row, "image_id", f"{where}: annotation {row.get('id')}")
+        if image not in by_image:
+            raise UserError(f"{where}: annotation {row.get('id')}: image_id {image!r} is not listed under 'images'")
+        by_image[image].append(slim_annotation(row, index, f"{where}: image {image}"))
+    return [(images[image], rows) for image, rows in by_image.items()]
+
+
+def group_segments(data: Any, index: Mapping[int, int], where: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(image, its panoptic record) for every record of a panoptic file."""
+    images = read_images(data, where)
+    out = []
+    for row in records(data, "annotations", where):
+        place = f"{where}: image {field(row, 'image_id', where)}"
+        if row["image_id"] not in images:
+            raise UserError(f"{place}: a panoptic record of an image that is not listed under 'images'")
+        keys = ("id", "category_id", "iscrowd")
+        segments = []
+        for segment in records(row, "segments_info", place):
+            check_category(
+                field(segment, "category_id", place), index, f"{place} annotation {field(segment, 'id', place)}"
+            )
+            segments.append({k: segment[k] for k in keys if k in segment})
+        out.append((images[row["image_id"]], {"file_name": field(row, "file_name", place), "segments_info": segments}))
+    return out
+
+
+def read_instances(
+    annotations: list[dict[str, Any]], size: Size, index: Mapping[int, int], where: str
+) -> tuple[Masks, tuple[Instance, ...]]:
+    """Masks and instances of one image, without the objects that have no pixel."""
+    rles = [(a, rle_from_segmentation(a["segmentation"], size, f"{where} annotation {a['id']}")) for a in annotations]
+    kept = [(a, rle) for a, rle in rles if area(rle)]
+    instances = tuple(
+        Instance(row, index[a["category_id"]], bool(a["iscrowd"]), a["id"]) for row, (a, _) in enumerate(kept)
+    )
+    return Masks(size, tuple(rle for _, rle in kept)), instances
