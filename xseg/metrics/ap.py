@@ -1,0 +1,103 @@
+"""Instance average precision: COCO segm, through hotcoco (same numbers as pycocotools)."""
+
+from typing import Any, Self
+
+import hotcoco
+import numpy as np
+from hotcoco import mask as coco_mask
+
+from xseg.metrics import truth
+from xseg.metrics.bootstrap import RESAMPLES
+from xseg.types import Categories, Prediction, Sample, Score, Segment
+
+
+class AveragePrecision:
+    """AP and AP50 in percent over thing categories, 100 detections per image, crowd regions ignored as COCO does."""
+
+    def __init__(self) -> None:
+        self.categories: Categories | None = None
+        self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = []
+        """Per image: annotations, detections, (H, W)."""
+
+    def update(self, prediction: Prediction, sample: Sample) -> None:
+        """Take the detections of one image."""
+        assert sample.categories is not None
+        self.categories = sample.categories
+        size = sample.masks.size if sample.masks is not None else sample.size
+        self.images.append((annotations(sample), [_detection(s) for s in candidates(prediction)], size))
+
+    def __iadd__(self, other: Self) -> Self:
+        self.categories = self.categories or other.categories
+        self.images += other.images
+        return self
+
+    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Part of the annotated things that some detection of their category covers with IoU >= 0.5."""
+        things = [a for a in annotations(sample) if not a["iscrowd"]]
+        found = candidates(prediction)
+        hits = 0
+        for thing in things:
+            same = [dict(s.mask) for s in found if s.category == thing["category_id"]]
+            hits += bool(same and np.max(coco_mask.iou(same, [thing["segmentation"]], [0])) >= 0.5)
+        return {"recall50": 100 * hits / len(things)} if things else {}
+
+    def compute(self) -> list[Score]:
+        """AP and AP50, or nothing when no thing is annotated."""
+        if self.categories is None or not any(not a["iscrowd"] for image in self.images for a in image[0]):
+            return []
+        things = [k for k, thing in enumerate(self.categories.is_thing) if thing]
+        truth_set = hotcoco.COCO(
+            {
+                "images": [{"id": k + 1, "height": i[2][0], "width": i[2][1]} for k, i in enumerate(self.images)],
+                "annotations": _numbered([image[0] for image in self.images]),
+                "categories": [{"id": k, "name": self.categories.names[k]} for k in things],
+            }
+        )
+        nothing = _evaluated(truth_set, [])
+        found = _evaluated(truth_set, _numbered([image[1] for image in self.images]))
+        # hotcoco resamples images when it compares two evaluations; against no detections (AP 0) the difference is AP
+        result = hotcoco.compare(nothing, found, n_bootstrap=RESAMPLES, seed=0)
+        out = []
+        for metric, protocol in (("AP", "IoU 0.50:0.95"), ("AP50", "IoU 0.50")):
+            ci = result["ci"][metric]
+            interval = (100 * ci["lower"], 100 * ci["upper"]) if len(self.images) > 1 else None
+            text = f"COCO segm {protocol}, 100 detections per image, things only"
+            out.append(Score(metric, 100 * result["metrics_b"][metric], len(self.images), text, interval))
+        return out
+
+
+def candidates(prediction: Prediction) -> tuple[Segment, ...]:
+    """The instance candidates: ``extra["instances"]`` beside a panoptic map, else the segments."""
+    found: tuple[Segment, ...] = prediction.extra.get("instances", prediction.segments)
+    return found
+
+
+def annotations(sample: Sample) -> list[dict[str, Any]]:
+    """The things of a sample as COCO annotations without numbers."""
+    assert sample.categories is not None
+    out = []
+    for instance in sample.instances:
+        if not sample.categories.is_thing[instance.category]:
+            continue
+        assert sample.masks is not None
+        rle = truth.rle(sample.masks, instance.mask)
+        box = [float(v) for v in coco_mask.to_bbox(rle)]
+        area, crowd = float(coco_mask.area(rle)), int(instance.is_crowd)
+        common = {"category_id": instance.category, "segmentation": rle, "area": area, "bbox": box}
+        out.append({**common, "iscrowd": crowd})
+    return out
+
+
+def _detection(segment: Segment) -> dict[str, Any]:
+    return {"category_id": segment.category, "segmentation": dict(segment.mask), "score": float(segment.score)}
+
+
+def _numbered(images: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = [(k + 1, row) for k, image in enumerate(images) for row in image]
+    return [{**row, "id": n + 1, "image_id": image} for n, (image, row) in enumerate(rows)]
+
+
+def _evaluated(truth_set: Any, detections: list[dict[str, Any]]) -> Any:
+    evaluation = hotcoco.COCOeval(truth_set, truth_set.load_res(detections), "segm")
+    evaluation.evaluate()
+    return evaluation

@@ -1,0 +1,115 @@
+"""Scores of one mask per phrase: cIoU, gIoU, precision at k, and whether absent things are refused (GRES)."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from xseg.metrics import truth
+from xseg.metrics.bootstrap import ratio, values_with_intervals
+from xseg.types import Prediction, Sample, Score
+
+LEVELS = (0.5, 0.7, 0.9)
+PROTOCOL = {
+    "cIoU": "sum of intersections / sum of unions over sentences",
+    "gIoU": "mean IoU over sentences; nothing predicted where nothing is counts 1",
+    "P@0.5": "part of the sentences with a target whose IoU is at least 0.5",
+    "P@0.7": "part of the sentences with a target whose IoU is at least 0.7",
+    "P@0.9": "part of the sentences with a target whose IoU is at least 0.9",
+    "N-acc": "part of the sentences without a target that get an empty mask",
+    "T-acc": "part of the sentences with a target that get a non-empty mask",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is kept of one phrase."""
+
+    image: str
+    kind: str
+    inter: int
+    union: int
+    target: bool
+    """Whether the phrase names anything in the image."""
+    found: bool
+    """Whether the predicted mask has a pixel."""
+
+    @property
+    def iou(self) -> float:
+        """Two empty masks agree."""
+        return self.inter / self.union if self.union else 1.0
+
+
+class PhraseIoU:
+    """Scores per sentence, in percent, over all sentences and per kind of phrase (``cIoU:relation``)."""
+
+    def __init__(self) -> None:
+        self.sentences: list[Sentence] = []
+
+    def update(self, prediction: Prediction, sample: Sample) -> None:
+        """Count every phrase of a sample against the segment of the same place; a missing segment is empty."""
+        self.sentences += sentences(prediction, sample)
+
+    def __iadd__(self, other: Self) -> Self:
+        self.sentences += other.sentences
+        return self
+
+    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Mean IoU over the phrases of one sample."""
+        found = sentences(prediction, sample)
+        return {"gIoU": 100 * float(np.mean([s.iou for s in found]))} if found else {}
+
+    def compute(self) -> list[Score]:
+        """All scores, then cIoU and gIoU per kind; scores without a sentence are left out."""
+        scores = _scores(self.sentences, tuple(PROTOCOL), "")
+        kinds = sorted({s.kind for s in self.sentences} - {""})
+        for kind in kinds if len(kinds) > 1 else []:
+            scores += _scores([s for s in self.sentences if s.kind == kind], ("cIoU", "gIoU"), f":{kind}")
+        return scores
+
+
+def sentences(prediction: Prediction, sample: Sample) -> list[Sentence]:
+    """Compare each phrase's segment with the union of its instances; pixels of ``sample.ignore`` are left out."""
+    size = sample.masks.size if sample.masks is not None else sample.size
+    out = []
+    for k, phrase in enumerate(sample.phrases):
+        rows = [sample.instances[i].mask for i in phrase.instances]
+        true = truth.union(sample.masks, rows, size)
+        found = truth.decode(prediction.segments[k].mask) if k < len(prediction.segments) else np.zeros(size, bool)
+        if found.shape != true.shape:
+            raise ValueError(f"{sample.key}: mask {k} is {found.shape}, the annotation is {true.shape}")
+        if sample.ignore is not None:
+            keep = ~truth.decode(sample.ignore)
+            true, found = true & keep, found & keep
+        inter, union = int((true & found).sum()), int((true | found).sum())
+        image = str(sample.image_id or sample.key)
+        out.append(Sentence(image, phrase.kind, inter, union, bool(phrase.instances), bool(found.any())))
+    return out
+
+
+def _scores(found: list[Sentence], names: tuple[str, ...], suffix: str) -> list[Score]:
+    if not found:
+        return []
+    images = {image: k for k, image in enumerate(dict.fromkeys(s.image for s in found))}
+    counts = np.zeros((len(images), 6 + len(LEVELS) + 2))
+    for s in found:
+        at_level = [s.target and s.iou >= level for level in LEVELS]
+        row = [s.inter, s.union, s.iou, 1, s.target, not s.target, *at_level]
+        counts[images[s.image]] += [*row, not s.target and not s.found, s.target and s.found]
+    total = counts.sum(axis=0)
+    wholes = {"cIoU": 1, "gIoU": 3, "P@0.5": 4, "P@0.7": 4, "P@0.9": 4, "N-acc": 5, "T-acc": 4}
+    parts = {"cIoU": 0, "gIoU": 2, "P@0.5": 6, "P@0.7": 7, "P@0.9": 8, "N-acc": 9, "T-acc": 10}
+
+    def fold(sums: np.ndarray) -> np.ndarray:
+        columns = [ratio(sums[..., parts[m]], sums[..., wholes[m]]) for m in names]
+        if "cIoU" in names:  # nothing anywhere, and nothing predicted: agreement
+            k = names.index("cIoU")
+            columns[k] = np.where(sums[..., 1] > 0, columns[k], 1.0)
+        return 100 * np.stack(columns, axis=-1)
+
+    out = []
+    for metric, (value, ci) in zip(names, values_with_intervals(counts, fold), strict=True):
+        count = len(found) if metric in ("cIoU", "gIoU") else int(total[wholes[metric]])
+        if count:
+            out.append(Score(metric + suffix, value, count, PROTOCOL[metric], ci))
+    return out

@@ -1,0 +1,64 @@
+"""The annotated side of a sample, as metrics read it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from hotcoco import mask as coco_mask
+
+from xseg.types import Masks, Sample
+
+
+def mask(masks: Masks, row: int) -> np.ndarray:
+    """Return mask ``row`` as (H, W) bool."""
+    if masks.id_map is None:
+        return coco_mask.decode(dict(masks.rles[row])).astype(bool)
+    return masks.id_map == masks.ids[row]
+
+
+def rle(masks: Masks, row: int) -> dict[str, Any]:
+    """Return mask ``row`` as a COCO RLE."""
+    if masks.id_map is None:
+        return dict(masks.rles[row])
+    return encode(masks.id_map == masks.ids[row])
+
+
+def encode(array: np.ndarray) -> dict[str, Any]:
+    """Return the RLE of a (H, W) mask."""
+    return dict(coco_mask.encode(np.asfortranarray(array, dtype=np.uint8)))
+
+
+def decode(segment: Mapping[str, Any]) -> np.ndarray:
+    """Return the (H, W) bool mask of an RLE."""
+    return coco_mask.decode(dict(segment)).astype(bool)
+
+
+def union(masks: Masks | None, rows: Iterable[int], size: tuple[int, int]) -> np.ndarray:
+    """Return the (H, W) bool union of some masks."""
+    out = np.zeros(size, bool)
+    for row in rows:
+        assert masks is not None
+        out |= mask(masks, row)
+    return out
+
+
+def segment_map(sample: Sample) -> np.ndarray:
+    """Return the (H, W) int32 map of a sample's instances: 0 = void, else 1 + index into ``sample.instances``.
+
+    Where masks overlap, later instances lie on top, and all lie on top of crowd regions.
+    """
+    masks = sample.masks
+    if masks is None:
+        return np.zeros(sample.size, np.int32)
+    order = sorted(range(len(sample.instances)), key=lambda i: not sample.instances[i].is_crowd)
+    if masks.id_map is None:
+        out = np.zeros(masks.size, np.int32)
+        for i in order:
+            out[mask(masks, sample.instances[i].mask)] = i + 1
+        return out
+    if not order:
+        return np.zeros(masks.size, np.int32)
+    ids = np.array([masks.ids[i.mask] for i in sample.instances], np.int64)
+    rank = np.argsort(ids, kind="stable")
+    at = np.minimum(np.searchsorted(ids[rank], masks.id_map), len(ids) - 1)
+    return np.where(ids[rank][at] == masks.id_map, rank[at] + 1, 0).astype(np.int32)
