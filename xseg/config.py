@@ -105,8 +105,12 @@ class LossWeights(Recipe):
     dice: float = 5.0
     background: float = 0.1
     """Class weight of the background column in the cross-entropy."""
-    num_points: int = 12544
-    """Sampled points per mask; 0 = every pixel of the prediction grid."""
+    points: Literal["sampled", "grid", "canvas"] = "sampled"
+    """Where masks are compared: "sampled" = ``num_points`` points per mask (PointRend); "grid" = every pixel of the
+    prediction grid, targets averaged down (cheap for small canvases); "canvas" = every pixel of the canvas,
+    predictions upsampled."""
+    num_points: int = Field(12544, ge=1)
+    """"sampled": points per mask."""
     oversample: float = 3.0
     importance: float = 0.75
     pixel_class: float = 0.0

@@ -1,1 +1,1 @@
-"""Matching, point sampling and the criterion."""
+"""Training losses: points to compare masks at, Hungarian matching, and the criterion."""

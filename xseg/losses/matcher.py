@@ -1,0 +1,139 @@
+"""Which prediction answers for which target mask: Hungarian matching of every decoder prediction (Mask2Former)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from xseg.config import LossWeights
+from xseg.losses.points import Randoms, sample_logits, uniform
+from xseg.losses.targets import Pixels, Targets
+from xseg.types import ModelOutput
+
+CHUNK = 2**26
+"""Most logits sampled at once (a quarter GiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """R matched pairs for each of L predictions, grouped by query, object queries ascending within one."""
+
+    counts: list[int]
+    """Pairs of each query of the batch: min(object queries, masks); they sum to R."""
+    item: Tensor
+    """(R,) int64 query of the batch; the same for every layer."""
+    query: Tensor
+    """(L, R) int64 object query."""
+    row: Tensor
+    """(L, R) int64 row of the target masks."""
+
+
+def pair_costs(logits: Tensor, pixels: Pixels, weights: LossWeights) -> Tensor:
+    """Weighted BCE + Dice of every prediction with every target: (G, N, P), (G, m, P) -> (G, N, m).
+
+    BCE is linear in the target, so it needs one softplus per logit and one product with the targets.
+    """
+    target, weight = pixels.target.transpose(1, 2), pixels.weight.transpose(1, 2).expand(len(logits), -1, -1)
+    prob = logits.sigmoid()
+    bce = (F.softplus(logits) @ weight - logits @ target) / weight.sum(1, keepdim=True).clamp_min(1)
+    size = prob @ weight + target.sum(1, keepdim=True)
+    dice = 1 - (2 * (prob @ target) + 1) / (size + 1)
+    return weights.mask * bce + weights.dice * dice
+
+
+@torch.no_grad()
+def match(output: ModelOutput, targets: Targets, weights: LossWeights, randoms: Randoms | None) -> Matches:
+    """Match every prediction of every query with its targets at the least total cost.
+
+    Cost = class * (-probability) + mask * BCE + dice * Dice on points shared by all masks of a query. All layers are
+    one cost tensor, copied to the host once.
+    """
+    layers, _, queries = output.mask_logits.shape[:3]
+    device = output.mask_logits.device
+    counts = [min(queries, n) for n in targets.counts]
+    if not sum(counts):
+        empty = torch.zeros(layers, 0, dtype=torch.long, device=device)
+        return Matches(counts, empty.new_zeros(0), empty, empty)
+    source = _Source(output, targets, weights, randoms)
+    chunks = list(_chunks(targets.counts, source.per_item))
+    costs = [source.costs(first, last) for first, last in chunks]
+    flat = torch.cat([c.flatten() for c in costs]).nan_to_num(1e10).clamp(-1e10, 1e10).cpu().numpy()
+    pairs: list[list[np.ndarray]] = [[] for _ in range(layers)]
+    start = 0
+    for (first, last), cost in zip(chunks, costs, strict=True):
+        block = flat[start : start + cost.numel()].reshape(cost.shape)
+        start += cost.numel()
+        for layer in range(layers):
+            for item in range(first, last):
+                query, column = linear_sum_assignment(block[layer, item - first, :, : targets.counts[item]])
+                pairs[layer].append(np.stack([query, column + targets.starts[item]]))
+    both = torch.from_numpy(np.stack([np.concatenate(p, axis=1) for p in pairs])).to(device)
+    owner = torch.repeat_interleave(torch.tensor(counts)).to(device)
+    return Matches(counts, owner, both[:, 0], both[:, 1])
+
+
+def _chunks(counts: list[int], per_item: int) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive queries whose logits fit the budget; ranges without any target are left out."""
+    step = max(1, CHUNK // max(1, per_item))
+    for first in range(0, len(counts), step):
+        last = min(first + step, len(counts))
+        if sum(counts[first:last]):
+            yield first, last
+
+
+class _Source:
+    """Where costs come from: the predictions and targets of a range of queries on the compared pixels."""
+
+    def __init__(self, output: ModelOutput, targets: Targets, weights: LossWeights, randoms: Randoms | None) -> None:
+        self.output, self.targets, self.weights = output, targets, weights
+        layers, items, queries, height, width = output.mask_logits.shape
+        if weights.points == "sampled":
+            shape = (weights.num_points, 2)
+            device = output.mask_logits.device
+            assert randoms is not None
+            self.coords = uniform(randoms, "matcher", layers, [1] * items, shape, device)
+        else:
+            self.pixels = targets.dense(weights.points, (height, width))
+        points = weights.num_points if weights.points == "sampled" else self.pixels.target.shape[1]
+        self.per_item = layers * queries * points
+
+    def costs(self, first: int, last: int) -> Tensor:
+        """(L, items, N, m) costs of queries ``first`` to ``last``, m = their largest number of targets."""
+        counts, starts = self.targets.counts[first:last], self.targets.starts[first:last]
+        most = max(counts)
+        rows = torch.tensor([[s + min(k, n - 1) if n else 0 for k in range(most)] for s, n in zip(starts, counts)])
+        rows = rows.to(self.targets.masks.device)
+        logits = self.output.mask_logits[:, first:last].float()
+        pixel_costs = self._sampled if self.weights.points == "sampled" else self._dense
+        cost = pixel_costs(logits, rows, first)
+        prob = self.output.class_logits[:, first:last].float().softmax(-1)
+        classes = self.targets.classes[rows][None, :, None].expand(*prob.shape[:3], most)
+        return cost - self.weights.class_ * prob.gather(-1, classes)
+
+    def _sampled(self, logits: Tensor, rows: Tensor, first: int) -> Tensor:
+        layers, items, queries = logits.shape[:3]
+        coords = self.coords[:, first : first + items].flatten(0, 1)
+        item = torch.arange(first, first + items, device=rows.device).repeat(layers)
+        pixels = self.targets.at(rows.repeat(layers, 1), item, coords)
+        cost = pair_costs(sample_logits(logits.flatten(0, 1), coords), pixels, self.weights)
+        return cost.view(layers, items, queries, -1)
+
+    def _dense(self, logits: Tensor, rows: Tensor, first: int) -> Tensor:
+        layers, items, queries = logits.shape[:3]
+        values = dense_logits(logits.flatten(0, 2), self.weights.points, self.targets.masks.shape[-2:])
+        # The pixels of a query are the same in every layer: its layers stand side by side as more predictions.
+        values = values.view(layers, items, queries, -1).transpose(0, 1).flatten(1, 2)
+        weight = self.pixels.weight[first : first + items, None]
+        cost = pair_costs(values, Pixels(self.pixels.target[rows], weight), self.weights)
+        return cost.view(items, layers, queries, -1).transpose(0, 1)
+
+
+def dense_logits(logits: Tensor, points: str, canvas: tuple[int, ...]) -> Tensor:
+    """(R, h, w) logits on every compared pixel: (R, P); "canvas" upsamples them bilinearly."""
+    if points == "canvas":
+        logits = F.interpolate(logits[:, None], size=tuple(canvas), mode="bilinear", align_corners=False)
+    return logits.flatten(1)

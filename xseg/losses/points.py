@@ -1,0 +1,70 @@
+"""Where masks are compared: uniform and uncertain points, and the sampling of logits and uint8 masks at points.
+
+Coordinates are (x, y) in [0, 1] of the whole canvas; (0, 0) is the outer corner of the first pixel. Outside = 0.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Draw = Callable[[str, int, int, tuple[int, ...]], Tensor]
+"""``draw(kind, layer, item, shape)`` -> uniform [0, 1) randoms; kind is "matcher", "candidates" or "remainder", layer
+the decoder prediction (0 = initial queries), item the query of the batch."""
+Randoms = Draw | torch.Generator
+"""Recorded or keyed randoms, or a generator on the device of the logits."""
+
+
+def generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """Return a generator that depends on ``key`` alone, for example (seed, rank, step), so that runs resume exactly."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0] >> 1))
+
+
+def uniform(
+    randoms: Randoms, kind: str, layers: int, rows: Sequence[int], shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Draw (layers, sum(rows), *shape) randoms, ``rows[item]`` rows for each item."""
+    if isinstance(randoms, torch.Generator):
+        return torch.rand(layers, sum(rows), *shape, generator=randoms, device=device)
+    drawn = [
+        torch.cat([randoms(kind, layer, item, (n, *shape)).to(device) for item, n in enumerate(rows)])
+        for layer in range(layers)
+    ]
+    return torch.stack(drawn)
+
+
+def sample_logits(logits: Tensor, coords: Tensor) -> Tensor:
+    """Bilinear values of (R, C, h, w) maps at (R, P, 2) points: (R, C, P); the C maps of a row share its points."""
+    return F.grid_sample(logits, 2 * coords[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+@torch.no_grad()
+def sample_masks(masks: Tensor, rows: Tensor, coords: Tensor) -> Tensor:
+    """Bilinear values of (M, S, S) uint8 masks, read by gather: rows (G, m) at (G, P, 2) -> (G, m, P) float32."""
+    height, width = masks.shape[-2:]
+    x, y = (coords * coords.new_tensor([width, height]) - 0.5).unbind(-1)
+    left, top = x.floor(), y.floor()
+    base = (rows * (height * width))[..., None]
+    flat = masks.reshape(-1)
+    out = x.new_zeros(*rows.shape, x.shape[-1])
+    for column in (left, left + 1):
+        for row in (top, top + 1):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            out.addcmul_(flat[base + index[:, None]].float(), weight[:, None])
+    return out
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, candidates: Tensor, remainder: Tensor, num_points: int) -> Tensor:
+    """PointRend's points for (R, h, w) logits: the candidates (R, P', 2) nearest to the boundary, then ``remainder``.
+
+    As many candidates are kept as ``remainder`` (R, P'', 2) leaves of ``num_points``. Returns (R, num_points, 2).
+    """
+    doubt = -sample_logits(logits[:, None], candidates)[:, 0].abs()
+    kept = doubt.topk(num_points - remainder.shape[1], dim=1).indices
+    return torch.cat([candidates.gather(1, kept[..., None].expand(-1, -1, 2)), remainder], dim=1)
