@@ -1,0 +1,123 @@
+"""From images and turns to a Batch, with everything a checkpoint folder needs to do it again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xseg.config import ModelRecipe, find
+from xseg.data.collate import collate
+from xseg.encode import Encoder
+from xseg.errors import UserError
+from xseg.geometry.masks import on_canvas
+from xseg.geometry.views import ViewSizes
+from xseg.tokens import add_special_tokens
+from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks
+
+FILE, TEMPLATE = "xseg_processor.json", "chat_template.jinja"
+
+
+class XSegProcessor:
+    """The tokenizer, the chat template and the view sizes of one model; lives beside its weights.
+
+    ``encoder`` is None for a model that reads no text (stage 1).
+    """
+
+    def __init__(self, encoder: Encoder | None, sizes: ViewSizes) -> None:
+        self.encoder, self.sizes = encoder, sizes
+
+    @classmethod
+    def from_recipe(cls, recipe: ModelRecipe, parts: Sequence[str]) -> "XSegProcessor":
+        """Build what a stage with these parts needs. Raises UserError for a missing tokenizer or template."""
+        llm = int(recipe.siglip.get("image_size", 384)) if "siglip" in parts else 0
+        reads_mask_view = "segmentor" in parts or "sam" in parts
+        canvas = int(recipe.sam.get("image_size", 1024)) if reads_mask_view else 0
+        encoder = _encoder_from_recipe(recipe) if "llm" in parts else None
+        return cls(encoder, ViewSizes(canvas, llm, recipe.llm_view))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "XSegProcessor":
+        """Read what ``save_pretrained`` wrote. Raises UserError when the folder is not one of xseg's."""
+        path = Path(folder) / FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf8"))
+            sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
+            max_tokens = fields["max_tokens"]
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
+        if max_tokens is None:
+            return cls(None, sizes)
+        template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
+        return cls(Encoder(_tokenizer(Path(folder)), template, max_tokens), sizes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.encoder is not None:
+            self.encoder.tokenizer.save_pretrained(folder)
+            (folder / TEMPLATE).write_text(self.encoder.template, encoding="utf8")
+        fields = {
+            "mask_size": self.sizes.canvas,
+            "llm_size": self.sizes.llm,
+            "llm_mode": self.sizes.llm_mode,
+            "max_tokens": None if self.encoder is None else self.encoder.max_tokens,
+        }
+        (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf8")
+
+    def encode(
+        self, views: Sequence[ImageViews], formatted: Formatted, *, generation: bool = False, key: str = "request"
+    ) -> Encoded:
+        """Make a request ready for ``batch``: views of its images, turns, queries without targets, drawn prompts.
+
+        Raises UserError for text on a model without a language part.
+        """
+        text = self._with_text().encode(formatted.turns, generation=generation) if formatted.turns else None
+        nothing, no_class = np.zeros((0, self.sizes.canvas, self.sizes.canvas), np.uint8), np.zeros(0, np.int64)
+        queries = [EncodedQuery(q.seg, q.concepts, q.image, masks=nothing, classes=no_class) for q in formatted.queries]
+        prompts = [(self._on_canvas(p.mask, views[p.image]), p.image) for p in formatted.prompts]
+        return Encoded(key, text, tuple(views), tuple(queries), tuple(prompts))
+
+    def batch(self, requests: Sequence[Encoded]) -> Batch:
+        """Collate requests; (B, T) ids and all images, on CPU."""
+        return collate(list(requests))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated ids as text up to the stop token, special tokens kept."""
+        return self._with_text().decode(ids, stop=True).strip()
+
+    def _with_text(self) -> Encoder:
+        if self.encoder is None:
+            raise UserError(
+                "this model has no language part (it is a stage-1 checkpoint), so it cannot read text: load the "
+                "`final` folder of a later stage"
+            )
+        return self.encoder
+
+    @staticmethod
+    def _on_canvas(mask: Mapping[str, Any], views: ImageViews) -> np.ndarray:
+        masks = Masks(views.geometry.original, (mask,))
+        return np.asarray(on_canvas(masks, [0], views.geometry)[0])
+
+
+def _encoder_from_recipe(recipe: ModelRecipe) -> Encoder:
+    name = recipe.tokenizer or recipe.llm.get("pretrained", "")
+    if not name:
+        raise UserError("model recipe: key 'tokenizer' is missing; name the folder of a Hugging Face tokenizer")
+    tokenizer = _tokenizer(find(str(name), "train_stages/models", suffix=""))
+    add_special_tokens(tokenizer)
+    template = find(recipe.chat_template, "chat_templates", ".jinja").read_text(encoding="utf8")
+    return Encoder(tokenizer, template, recipe.max_tokens)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not the folder of a Hugging Face tokenizer: {error}") from error
