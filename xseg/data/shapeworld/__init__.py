@@ -1,1 +1,1 @@
-"""A procedural world of shapes with exact ground truth, written in the formats of real data sets."""
+"""A procedural world with exact ground truth, written in the formats of the real data sets."""
