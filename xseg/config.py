@@ -111,8 +111,10 @@ class LossWeights(Recipe):
     predictions upsampled."""
     num_points: int = Field(12544, ge=1)
     """"sampled": points per mask."""
-    oversample: float = 3.0
-    importance: float = 0.75
+    oversample: float = Field(3.0, ge=1)
+    """"sampled": candidate points drawn per point used."""
+    importance: float = Field(0.75, ge=0, le=1)
+    """"sampled": part of the points taken from the least certain candidates; the rest is uniform."""
     pixel_class: float = 0.0
     """Weight of the dense class loss on mask features (not in X-SAM; needs ``segmentor.pixel_classifier``)."""
     pixel_thing: float = 1.0

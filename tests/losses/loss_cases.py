@@ -46,7 +46,14 @@ def make_output(mask_logits: Tensor, class_logits: Tensor, **fields: Any) -> Mod
 
 
 def random_case(
-    counts: list[int], *, layers: int = 3, queries: int = 5, labels: int = 4, grid: int = 6, canvas: int = 24, seed: int = 0
+    counts: list[int],
+    *,
+    layers: int = 3,
+    queries: int = 5,
+    labels: int = 4,
+    grid: int = 6,
+    canvas: int = 24,
+    seed: int = 0,
 ) -> tuple[ModelOutput, Batch]:
     """Blobs as targets, random logits that require gradients."""
     g = torch.Generator().manual_seed(seed)
