@@ -1,5 +1,6 @@
 """Encoder: chunk-wise ids, exactly the answers supervised, spans and SEGs found, truncation that never dangles."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from xseg.config import TaskSpec
 from xseg.encode import Encoder, surviving
 from xseg.errors import UserError
+from xseg.tasks import load_task
 from xseg.tokens import IGNORE_LABEL, SENTINEL_PATTERN, SENTINELS, add_special_tokens
 from xseg.types import Formatted, Query, Turn
 
@@ -198,6 +201,23 @@ def test_show_colours_answers_and_underlines_spans(phi3: Encoder) -> None:
     underlined = shown.split("\033[4m")[1].split("\033[0m")[0].replace(" ", "")
     assert green == "Sure,itis<SEG>.<|end|>"
     assert underlined == "<p>theredcircle</p>"
+
+
+@pytest.mark.parametrize("name", ["generic_seg", "refer_seg"])
+def test_every_query_of_a_task_finds_its_seg_and_spans(phi3: Encoder, name: str) -> None:
+    task = load_task(TaskSpec(name=name))
+    for seed in range(10):
+        formatted = task.format(task.example(), np.random.default_rng(seed))
+        text = phi3.encode(formatted.turns)
+        assert len(text.segs) == len(formatted.queries)
+        assert len(text.spans) == sum(len(q.concepts) for q in formatted.queries)
+        assert len(text.images) == 1 and (text.labels[text.segs] == phi3.special.seg).all()
+        assert surviving(formatted, text) == formatted
+
+
+def test_the_encoder_travels_to_data_loader_workers(phi3: Encoder) -> None:
+    again = pickle.loads(pickle.dumps(phi3))
+    assert again.encode([QUESTION, ANSWER]).input_ids.tolist() == phi3.encode([QUESTION, ANSWER]).input_ids.tolist()
 
 
 def test_text_only_and_empty_turns(tokenizer: Any, phi3: Encoder) -> None:

@@ -6,6 +6,7 @@ puts its dummy prefix before every chunk, so encoding the whole string gives oth
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,8 +49,6 @@ class Encoder:
     def __init__(self, tokenizer: Any, template: str, max_tokens: int) -> None:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.special = special_ids(tokenizer)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
-        self._render = environment.from_string(template).render
         self._bos = _bos(tokenizer, template)
         self.stop_ids = self._stop_ids()
 
@@ -104,7 +103,7 @@ class Encoder:
                 raise UserError(f"a user's text holds {SEG}, which only answers may; remove it: {turn.text[:80]!r}")
         messages = [{"role": t.role, "content": t.text} for t in turns]
         names = {"bos_token": self.tokenizer.bos_token or "", "eos_token": self.tokenizer.eos_token or ""}
-        return self._render(messages=messages, add_generation_prompt=generation, **names)
+        return _compiled(self.template).render(messages=messages, add_generation_prompt=generation, **names)
 
     def _finish(self, ids: np.ndarray, labels: np.ndarray, turns: Sequence[Turn], generation: bool) -> EncodedText:
         if len(ids) > self.max_tokens:
@@ -159,6 +158,13 @@ def surviving(formatted: Formatted, text: EncodedText) -> Formatted:
     spans, segs = len(text.spans), len(text.segs)
     queries = [q for q in formatted.queries if (q.seg is None or q.seg < segs) and all(c < spans for c in q.concepts)]
     return dataclasses.replace(formatted, queries=tuple(queries), prompts=formatted.prompts[: len(text.regions)])
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    """Compiled templates stay out of the encoder, because data loader workers pickle it."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
+    return environment.from_string(template)
 
 
 def _chunks(marked: str) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,199 @@
+"""What is particular to each task."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+from perfect import LOUD, geometry_of, perfect_output
+
+from xseg.metrics import truth
+from xseg.tasks import conversation, generic_seg, refer_seg
+from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed or [0])
+
+
+def spans(text: str) -> list[str]:
+    return re.findall(r"<p>(.*?)</p>", text)
+
+
+def test_categories_are_listed_whole_and_in_order_in_evaluation() -> None:
+    formatted = generic_seg.Task().format(generic_seg.Task.example(), rng(0), train=False)
+    assert spans(formatted.turns[0].text) == ["circle", "square", "grass", "sky"]
+    (query,) = formatted.queries
+    assert query.concepts == (0, 1, 2, 3) and query.negatives == "own"
+    assert query.instances == (0, 1, 2, 3, 4) and query.classes == (3, 2, 0, 0, 1), "the crowd region is no target"
+
+
+def many_categories(count: int) -> Sample:
+    sample = generic_seg.Task.example()
+    names = ("circle", "square", "grass", "sky", *(f"thing {k}" for k in range(count - 4)))
+    categories = Categories(names, tuple(range(count)), (True,) * count)
+    return dataclasses.replace(sample, categories=categories)
+
+
+def test_classes_follow_the_shuffled_list() -> None:
+    sample = many_categories(30)
+    for k in range(30):
+        formatted = generic_seg.Task(full_list=0.5, max_concepts=12).format(sample, rng(k))
+        listed = spans(formatted.turns[0].text)
+        (query,) = formatted.queries
+        assert len(set(listed)) == len(listed) == len(query.concepts)
+        named = [listed[c] for c in query.classes]
+        assert named == ["sky", "grass", "circle", "circle", "square"]
+
+
+def test_category_sampling_follows_its_options() -> None:
+    sample = many_categories(30)
+
+    def lengths(task: generic_seg.Task) -> Counter[int]:
+        return Counter(len(task.format(sample, rng(k)).queries[0].concepts) for k in range(300))
+
+    assert set(lengths(generic_seg.Task(full_list=1.0))) == {30}
+    few = lengths(generic_seg.Task(full_list=1.0, max_concepts=12))
+    assert set(few) == set(range(4, 13)), "4 present and 0 to 8 absent ones, never the whole list"
+    half = lengths(generic_seg.Task(full_list=0.5, max_concepts=30))
+    assert 120 < half[30] < 190 and len(half) == 27
+    assert lengths(generic_seg.Task(full_list=0.0))[30] > 290, "the paper's 10000 is nearly always everything"
+
+
+def test_an_image_without_targets_still_asks_for_something() -> None:
+    bare = dataclasses.replace(generic_seg.Task.example(), instances=())
+    for k in range(20):
+        formatted = generic_seg.Task(full_list=0.0, max_concepts=1).format(bare, rng(k))
+        assert len(formatted.queries[0].concepts) >= 1 and formatted.queries[0].instances == ()
+
+
+def test_fixed_labels_have_no_text() -> None:
+    formatted = generic_seg.Task(labels="fixed").format(generic_seg.Task.example(), rng(0))
+    assert formatted.turns == ()
+    (query,) = formatted.queries
+    assert query.seg is None and query.concepts == () and query.classes == (3, 2, 0, 0, 1)
+    task = generic_seg.Task(labels="fixed")
+    sample = task.example()
+    prediction = task.decode(perfect_output(sample, formatted), [0], sample, geometry_of(sample))
+    metrics = task.metrics()
+    for metric in metrics:
+        metric.update(prediction, sample)
+    assert {round(s.value, 6) for m in metrics for s in m.compute()} == {100}
+
+
+def test_generic_outputs_are_what_was_asked_for() -> None:
+    sample = generic_seg.Task.example()
+    output = perfect_output(sample, generic_seg.Task().format(sample, rng(0), train=False))
+    only = generic_seg.Task(outputs=("instance",)).decode(output, [0], sample, geometry_of(sample))
+    assert only.panoptic is None and only.semantic is None and only.segments == ()
+    assert {s.label for s in only.extra["instances"]} == {"circle", "square"}, "stuff is no instance"
+    both = generic_seg.Task().decode(output, [0], sample, geometry_of(sample))
+    assert both.panoptic is not None and both.panoptic.max() == len(both.segments)
+    for k, segment in enumerate(both.segments):
+        assert (truth.decode(segment.mask) == (both.panoptic == k + 1)).all()
+
+
+def test_queries_are_the_rows_of_the_sample_in_the_batch() -> None:
+    task, sample = refer_seg.Task(), refer_seg.Task.example()
+    output = perfect_output(sample, task.format(sample, rng(0), train=False))
+    order = torch.tensor([2, 0, 1])
+    shuffled = ModelOutput(
+        output.mask_logits[:, order], output.class_logits[:, order], output.lm_logits, output.lm_labels
+    )
+    one = task.decode(output, [0, 1, 2], sample, geometry_of(sample))
+    other = task.decode(shuffled, [1, 2, 0], sample, geometry_of(sample))
+    assert [dict(s.mask) for s in one.segments] == [dict(s.mask) for s in other.segments]
+
+
+def test_phrases_are_turns_of_their_own_in_lower_case() -> None:
+    task, sample = refer_seg.Task(), refer_seg.Task.example()
+    formatted = task.format(sample, rng(0), train=True)
+    assert [t.role for t in formatted.turns] == ["user", "assistant"] * 3
+    assert [spans(t.text) for t in formatted.turns[::2]] == [
+        ["the left circle"],
+        ["the right circle"],
+        ["the green square"],
+    ]
+    assert [(q.seg, q.concepts, q.instances, q.classes) for q in formatted.queries] == [
+        (0, (0,), (0,), (0,)),
+        (1, (1,), (1,), (0,)),
+        (2, (2,), (), ()),
+    ]
+
+
+def test_batch_negatives_only_in_training() -> None:
+    sample = refer_seg.Task.example()
+
+    def kinds(task: refer_seg.Task, train: bool) -> set[str]:
+        return {q.negatives for q in task.format(sample, rng(0), train=train).queries}
+
+    assert kinds(refer_seg.Task(), True) == {"batch"}
+    assert kinds(refer_seg.Task(), False) == {"own"}
+    assert kinds(refer_seg.Task(negatives="own"), True) == {"own"}
+
+
+def test_phrase_of_several_instances_and_crowds() -> None:
+    sample = refer_seg.Task.example()
+    instances = (*sample.instances, Instance(1, -1, is_crowd=True))
+    both = dataclasses.replace(sample, instances=instances, phrases=(Phrase("the circles", (0, 1, 2)),))
+    (query,) = refer_seg.Task().format(both, rng(0)).queries
+    assert query.instances == (0, 1) and query.classes == (0, 0)
+
+
+def test_many_phrases_are_drawn_in_training_and_all_kept_in_evaluation() -> None:
+    sample = refer_seg.Task.example()
+    many = dataclasses.replace(sample, phrases=tuple(Phrase(f"the circle {k}", (0,)) for k in range(20)))
+    task = refer_seg.Task(max_phrases=4)
+    drawn = [tuple(spans(t.text)[0] for t in task.format(many, rng(k)).turns[::2]) for k in range(20)]
+    assert {len(d) for d in drawn} == {4} and len(set(drawn)) > 10
+    assert len(task.format(many, rng(0), train=False).queries) == 20
+
+
+def test_rejection_compares_the_best_query_with_the_background() -> None:
+    sample = refer_seg.Task.example()
+    formatted = refer_seg.Task().format(sample, rng(0), train=False)
+    output = perfect_output(sample, formatted)
+    logits = output.class_logits.clone()
+    logits[0, 0, 0] = torch.tensor([1.0, 1.5])  # the phrase's best query leans to background
+    unsure = dataclasses.replace(output, class_logits=logits)
+    areas = []
+    for reject in (True, False):
+        found = refer_seg.Task(reject=reject).decode(unsure, [0, 1, 2], sample, geometry_of(sample))
+        areas.append([int(truth.decode(s.mask).sum()) for s in found.segments[:2]])
+    assert areas == [[0, 20], [9, 20]]
+    assert LOUD > 1.5
+
+
+def test_conversation_keeps_the_words_and_breaks_what_looks_like_a_marker() -> None:
+    turns = (
+        Turn("user", "What is <image> this?"),
+        Turn("assistant", "A page: <p>text</p> and <SEG>, <region>."),
+        Turn("user", "  x <image>"),
+        Turn("assistant", "y"),
+    )
+    sample = dataclasses.replace(conversation.Task.example(), turns=turns)
+    got = conversation.Task().format(sample, rng(0)).turns
+    assert got[0].text == "<image>\nWhat is  this?"
+    assert got[1].text == "A page: < p>text< /p> and < SEG>, < region>."
+    assert got[2].text == "  x "
+    asked = conversation.Task().format(sample, rng(0), train=False)
+    assert asked.turns == got[:3] and asked.queries == ()
+
+
+def test_conversation_without_an_image_has_no_image_token() -> None:
+    sample = dataclasses.replace(conversation.Task.example(), images=())
+    assert "<image>" not in "".join(t.text for t in conversation.Task().format(sample, rng(0)).turns)
+
+
+def test_conversation_answer_is_scored_by_kind() -> None:
+    task, sample = conversation.Task(), conversation.Task.example()
+    (metric,) = task.metrics()
+    other = dataclasses.replace(sample, kind="count", image_id=2)
+    metric.update(task.decode(None, [], sample, geometry_of(sample), "red.<|end|>"), sample)
+    metric.update(task.decode(None, [], other, geometry_of(sample), "blue"), other)
+    assert {s.metric: s.value for s in metric.compute()} == {
+        "exact match": 50,
+        "exact match:colour": 100,
+        "exact match:count": 0,
+    }
