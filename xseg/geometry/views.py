@@ -25,7 +25,7 @@ class ViewSizes:
     """How big the two views of a model are."""
 
     canvas: int
-    """Side S of the mask view in pixels; 0 = the stage reads no mask view."""
+    """Side S of the mask view in pixels."""
     llm: int
     """Side s of the language model's view in pixels; 0 = the stage has no SigLIP."""
     llm_mode: LlmMode = "squash"

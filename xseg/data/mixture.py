@@ -1,0 +1,100 @@
+"""Which sample is trained on when: a pure function of (seed, epoch, step) over several data sets."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from xseg.config import DataRecipe, Mixture, load_recipe
+from xseg.data.dataset import Dataset, Preparation, load_dataset
+from xseg.errors import UserError
+
+
+class Item(NamedTuple):
+    """One draw of a sample."""
+
+    dataset: int
+    sample: int
+    epoch: int
+    """How often this data set was gone through before: seeds the sample's wording and view."""
+
+
+def load_mixture(
+    mixture: Mixture, *, root: str | Path, preparation: Preparation, beside: Path | None = None
+) -> tuple[list[Dataset], list[float]]:
+    """Build every data set of a mixture, and the factor by which each is repeated in an epoch."""
+    datasets = [
+        load_dataset(
+            load_recipe(DataRecipe, entry.recipe, beside=beside),
+            root=root,
+            preparation=preparation,
+            task=entry.task,
+            limit=entry.limit,
+        )
+        for entry in mixture.datasets
+    ]
+    balance = repeat_factors([len(d) for d in datasets], mixture.balance)
+    return datasets, [r * entry.repeat for r, entry in zip(balance, mixture.datasets, strict=True)]
+
+
+def repeat_factors(lengths: Sequence[int], t: float | None) -> list[float]:
+    """r = max(1, sqrt(t / f)) with f the share of each data set (X-SAM section 3.4); ``t`` None = 1 for all."""
+    if t is None:
+        return [1.0] * len(lengths)
+    total = sum(lengths)
+    return [max(1.0, math.sqrt(t * total / n)) if n else 1.0 for n in lengths]
+
+
+class Plan:
+    """Batches of all ranks, where every global batch comes from one data set (X-SAM's source-grouped sampler).
+
+    In an epoch data set d gives ``int(factor * length)`` draws: it is gone through again and again, and an epoch takes
+    up where the last one stopped, so over epochs every sample is drawn equally often. The draws are shuffled, cut into
+    global batches of ``batch_size * world * accumulate`` (the last one filled up with draws of the same data set),
+    and the global batches of all data sets are shuffled. The global batches depend on their size alone, not on how it
+    is split over ranks and accumulation. Raises UserError for an empty data set.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        factors: Sequence[float],
+        batch_size: int,
+        world: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if not lengths or min(lengths) < 1:
+            raise UserError(f"mixture: data sets of {list(lengths)} samples: every one needs at least one sample")
+        self.lengths = tuple(lengths)
+        self.draws = tuple(max(1, int(r * n)) for r, n in zip(factors, lengths, strict=True))
+        self.batch_size, self.world, self.accumulate, self.seed = batch_size, world, accumulate, seed
+        self.global_batch = batch_size * world * accumulate
+        self.steps_per_epoch = sum(-(-draws // self.global_batch) for draws in self.draws)
+        self._epoch = -1
+        self._order = np.zeros((0, 0, 3), np.int64)
+
+    def batch(self, step: int) -> list[list[list[Item]]]:
+        """Return the items of optimiser step ``step`` (counted over epochs) as [rank][micro-batch][sample]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order, self._epoch = self._shuffled(epoch), epoch
+        items = [Item(*row) for row in self._order[place].tolist()]
+        size = self.batch_size
+        return [
+            [items[start : start + size] for start in range(rank * size, len(items), self.world * size)]
+            for rank in range(self.world)
+        ]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """(steps_per_epoch, global_batch, 3) rows of ``Item``."""
+        rng = np.random.default_rng([self.seed, epoch, 0, 2])
+        batches = []
+        for number, (length, draws) in enumerate(zip(self.lengths, self.draws, strict=True)):
+            stream = epoch * draws + rng.permutation(draws)
+            stream = np.concatenate([stream, np.resize(stream, -draws % self.global_batch)])
+            rows = np.stack([np.full_like(stream, number), stream % length, stream // length], axis=1)
+            batches.append(rows.reshape(-1, self.global_batch, 3))
+        return rng.permutation(np.concatenate(batches))
