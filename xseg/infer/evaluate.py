@@ -1,0 +1,228 @@
+"""Suites -> results.json and samples.jsonl: every number with its protocol, n, interval and a blind baseline."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import xseg
+from xseg.config import DataRecipe, Suite, SuiteRow, TaskSpec, load_recipe
+from xseg.data.collate import collate
+from xseg.data.dataset import Dataset, Preparation, load_dataset
+from xseg.errors import UserError
+from xseg.geometry import masks as rle
+from xseg.infer.baselines import blind_guess, samples
+from xseg.infer.predictor import Predictor, device
+from xseg.tasks import load_task
+from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
+
+VERSIONS = ("torch", "transformers", "numpy", "hotcoco")
+MAX_NEW_TOKENS = 128
+
+Progress = Callable[[str, int, int, float], None]
+"""Told (data set, samples done, samples in all, seconds) after every batch."""
+Note = Callable[[str], None]
+"""Told what a person should know, such as a row that was skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a suite is run."""
+
+    data_root: str | Path
+    out: Path
+    """Folder of results.json and samples.jsonl."""
+    batch_size: int = 8
+    progress: Progress = lambda *_: None
+    note: Note = lambda _: None
+
+
+def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, Any]:
+    """Score a model on every row of a suite and return what is written to ``out/results.json``.
+
+    ``samples.jsonl`` gets one line per sample: key, task, scores, generated text, predicted masks as RLE. Both files
+    appear complete or not at all. A model without a language part (stage 1) is scored by its own label list on rows
+    whose task has one; rows that need text are skipped and named. Raises UserError when no row is left.
+    """
+    run.out.mkdir(parents=True, exist_ok=True)
+    partial = run.out / "samples.jsonl.partial"
+    rows: list[dict[str, Any]] = []
+    speed: list[dict[str, Any]] = []
+    with partial.open("w", encoding="utf8") as lines:
+        for row in suite.rows:
+            recipe = load_recipe(DataRecipe, row.recipe)
+            spec = task_for(predictor, row.task or recipe.task)
+            if spec is None:
+                run.note(f"{row.recipe}: skipped, its task needs text and this model (stage 1) has no language part")
+                continue
+            found, seconds, count = _run_row(predictor, row, spec, run, lines)
+            rows += found
+            speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
+    if not speed:
+        raise UserError(f"suite {suite.name}: no row fits a model without a language part; evaluate a later stage")
+    results = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "rows": rows, "speed": speed}
+    os.replace(partial, run.out / "samples.jsonl")
+    write_json(run.out / "results.json", results)
+    return results
+
+
+def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
+    """The task a model can be scored on: as asked, by the fixed label list for a stage-1 model, or None."""
+    if predictor.processor.encoder is not None:
+        return spec
+    fields = {f.name for f in dataclasses.fields(load_task(spec))}
+    return TaskSpec(**{"name": spec.name, **spec.options, "labels": "fixed"}) if "labels" in fields else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file under a temporary name and move it into place."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf8")
+    os.replace(partial, path)
+
+
+def predictions(
+    predictor: Predictor, dataset: Dataset, batch_size: int
+) -> Iterator[tuple[list[tuple[Sample, Prediction]], float]]:
+    """Yield the samples of each batch with what the model predicts, and the seconds the batch took."""
+    for start in range(0, len(dataset), batch_size):
+        began = time.perf_counter()
+        indices = range(start, min(start + batch_size, len(dataset)))
+        pairs = predict(predictor, dataset, indices)
+        yield pairs, time.perf_counter() - began
+
+
+@torch.inference_mode()
+def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> list[tuple[Sample, Prediction]]:
+    """One batched forward (or generation, where the task says so), decoded by the task."""
+    found = [dataset.sample(i) for i in indices]
+    encoded = [dataset.get(i) for i in indices]
+    batch = collate(encoded).to(device(predictor.model))
+    if dataset.task.eval_mode == "generate":
+        texts, output = _generate(predictor, batch)
+    else:
+        texts, output = [""] * len(encoded), predictor.model(batch)
+    places = zip(_slices(encoded), _geometries(encoded), texts, strict=True)
+    return [
+        (sample, dataset.task.decode(output, list(queries), sample, g, text))
+        for sample, (queries, g, text) in zip(found, places, strict=True)
+    ]
+
+
+def _generate(predictor: Predictor, batch: Batch) -> tuple[list[str], ModelOutput | None]:
+    processor = predictor.processor
+    stop_ids = processor.encoder.stop_ids if processor.encoder else ()
+    made = predictor.model.generate(batch, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids)
+    return [processor.decode(ids) for ids in made.sequences], made.output
+
+
+def _slices(encoded: Sequence[Encoded]) -> list[range]:
+    """Rows of the query axis that belong to each sample."""
+    starts = [0]
+    for sample in encoded:
+        starts.append(starts[-1] + len(sample.queries))
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:
+    return [s.images[0].geometry if s.images else ViewGeometry((0, 0), (0, 0), 0) for s in encoded]
+
+
+def _run_row(
+    predictor: Predictor, row: SuiteRow, spec: TaskSpec, run: Evaluation, lines: TextIO
+) -> tuple[list[dict[str, Any]], float, int]:
+    """Score one row: (rows of the table with its blind baseline, seconds, samples)."""
+    recipe = load_recipe(DataRecipe, row.recipe)
+    preparation = Preparation(predictor.processor.encoder, predictor.processor.sizes, train=False)
+    dataset = load_dataset(recipe, root=run.data_root, preparation=preparation, task=spec, limit=row.limit)
+    _check_labels(predictor, dataset, row.recipe)
+    metrics, seconds, done = dataset.task.metrics(), 0.0, 0
+    for pairs, took in predictions(predictor, dataset, run.batch_size):
+        seconds, done = seconds + took, done + len(pairs)
+        for sample, prediction in pairs:
+            scores: dict[str, float] = {}
+            for metric in metrics:
+                metric.update(prediction, sample)
+                scores |= metric.per_sample(prediction, sample)
+            lines.write(json.dumps(record(prediction, row.recipe, dataset.task.name, scores)) + "\n")
+        run.progress(row.recipe, done, len(dataset), seconds)
+    head = {"task": dataset.task.name, "dataset": row.recipe, "split": recipe.split}
+    labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
+    table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]
+    return table + _blind_rows(dataset, head, row), seconds, done
+
+
+def record(prediction: Prediction, dataset: str, task: str, scores: dict[str, float]) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    segments = [
+        {"label": s.label, "category": s.category, "score": round(float(s.score), 4), "mask": rle.to_json(s.mask)}
+        for s in prediction.segments
+    ]
+    return {
+        "key": prediction.key,
+        "task": task,
+        "dataset": dataset,
+        "scores": {name: round(value, 3) for name, value in scores.items()},
+        "text": prediction.text,
+        "segments": segments,
+    }
+
+
+def _blind_rows(dataset: Dataset, head: dict[str, Any], row: SuiteRow) -> list[dict[str, Any]]:
+    baseline = blind_guess(dataset)
+    if baseline is None:
+        return []
+    protocol, guess = baseline
+    metrics = dataset.task.metrics()
+    for sample in samples(dataset):
+        prediction = guess(sample)
+        for metric in metrics:
+            metric.update(prediction, sample)
+    unpublished = row.model_copy(update={"published": {}})
+    return [_table_row(head, score, protocol, unpublished) for m in metrics for score in m.compute()]
+
+
+def _table_row(head: dict[str, Any], score: Score, protocol: str, row: SuiteRow) -> dict[str, Any]:
+    ci = None if score.ci95 is None else [round(v, 3) for v in score.ci95]
+    out = {**head, "metric": score.metric, "value": round(score.value, 3), "n": score.n, "ci95": ci}
+    out["protocol"] = protocol
+    if score.metric in row.published:
+        out |= {"published": row.published[score.metric], "published_source": row.published_source}
+    return out
+
+
+def _check_labels(predictor: Predictor, dataset: Dataset, name: str) -> None:
+    """A linear head only knows the label list it was trained on."""
+    if predictor.processor.encoder is not None or not len(dataset):
+        return
+    categories = dataset.sample(0).categories
+    known, asked = predictor.model.config.num_labels, len(categories.names) if categories else 0
+    if known != asked:
+        raise UserError(
+            f"{name}: {asked} categories, but this stage-1 model has a linear head over {known}: evaluate it on the "
+            f"label list it was trained on"
+        )
+
+
+def _commit() -> str | None:
+    """The commit of the checkout xseg runs from, or None outside one."""
+    here = Path(xseg.__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    return {"xseg": xseg.__version__, **{name: metadata.version(name) for name in VERSIONS}}

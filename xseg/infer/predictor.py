@@ -1,0 +1,129 @@
+"""The five-line script: load a model, name a thing, get its mask. Stateless; ``session`` holds conversations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from xseg import postprocess
+from xseg.geometry import masks as rle
+from xseg.geometry.views import read_image
+from xseg.infer import request
+from xseg.infer.processing import XSegProcessor
+from xseg.models import checkpoint
+from xseg.tasks import phrasing
+from xseg.tokens import IMAGE
+from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry
+
+LEAST_SCORE = 0.5
+"""Least probability of a segment when several names compete; for the eye, not for scores."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The segments found in one image; ``mask``, ``rle`` and ``score`` speak of all of them together."""
+
+    size: Size
+    """(H, W) of the image."""
+    segments: tuple[Segment, ...]
+    """One phrase: its one segment, empty when the thing is not there. Several names: one segment per object found."""
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(n, H, W) bool, one per segment."""
+        return np.array([rle.decode(s.mask) for s in self.segments], bool).reshape(-1, *self.size)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool: every pixel of any segment."""
+        return rle.decode(self.rle).astype(bool)
+
+    @property
+    def rle(self) -> Mapping[str, Any]:
+        """COCO RLE of ``mask``."""
+        return rle.union([s.mask for s in self.segments]) if self.segments else empty(self.size)
+
+    @property
+    def score(self) -> float:
+        """The best segment's score in 0..1; 0 when nothing was found."""
+        return max((s.score for s in self.segments), default=0.0)
+
+    @property
+    def found(self) -> bool:
+        """Whether any pixel was found."""
+        return any(rle.area(s.mask) for s in self.segments)
+
+
+class Predictor:
+    """A model with its processor. ``segment`` takes an image and what to look for; nothing is kept between calls."""
+
+    def __init__(self, model: Any, processor: XSegProcessor) -> None:
+        self.model, self.processor = model, processor
+
+    @torch.inference_mode()
+    def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: bool = True) -> Result:
+        """Find what ``text`` names: a phrase (one mask), or a list of names that compete for the pixels.
+
+        The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
+        generated answer. ``reject=False`` always gives a phrase a mask, even where the model takes it for absent.
+        Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
+        """
+        asked = request.phrase(text) if isinstance(text, str) else request.categories(text)
+        turns = (Turn("user", f"{IMAGE}\n{asked.text}"), Turn("assistant", phrasing.ANSWER[0]))
+        formatted = Formatted(turns, (Query(0, tuple(range(len(asked.phrases)))),))
+        views = self.processor.sizes.views(read_image(_opened(image), "segment"))
+        encoded = self.processor.encode([views], formatted)
+        output = self.model(self.processor.batch([encoded]).to(device(self.model)))
+        logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
+        return Result(views.geometry.original, choose(*logits, views.geometry, asked.phrases, reject=reject))
+
+
+def load(folder: str | Path, device: str | None = None) -> tuple[Predictor, XSegProcessor]:
+    """Open the ``final`` folder of a stage: ``model, processor = load(folder)``, then ``model.segment(image, text)``.
+
+    ``device`` is "cuda" where there is one, else "cpu". ``model.model`` is the bare XSegModel. Raises UserError when
+    the folder holds no xseg model.
+    """
+    processor = XSegProcessor.from_pretrained(folder)
+    model = checkpoint.load(Path(folder)).eval()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Predictor(model, processor), processor
+
+
+def choose(
+    mask_logits: torch.Tensor,
+    class_logits: torch.Tensor,
+    g: ViewGeometry,
+    phrases: Sequence[str],
+    *,
+    reject: bool = True,
+) -> tuple[Segment, ...]:
+    """Segments of one query: (N, h, w) masks, (N, K + 1) classes of K ``phrases``.
+
+    One phrase gets the mask of its best object query (empty: not there). Several phrases compete for the pixels, and
+    every object that wins is one segment; a phrase may have none.
+    """
+    if len(phrases) == 1:
+        best = postprocess.best(mask_logits, class_logits, g, concept=0, reject=reject)
+        return (Segment(best.mask, 0, best.score, phrases[0]),)
+    countable = [True] * len(phrases)
+    _, found = postprocess.panoptic(mask_logits, class_logits, g, is_thing=countable, score_threshold=LEAST_SCORE)
+    return tuple(Segment(s.mask, s.category, s.score, phrases[s.category]) for s in found)
+
+
+def empty(size: Size) -> dict[str, Any]:
+    """The RLE of a mask without a pixel."""
+    return rle.encode(np.zeros(size, np.uint8))
+
+
+def device(model: Any) -> torch.device:
+    """Where the model's weights lie."""
+    return next(model.parameters()).device  # type: ignore[no-any-return]
+
+
+def _opened(image: Image | str | Path) -> Image | Path:
+    return image if isinstance(image, Image) else Path(image)

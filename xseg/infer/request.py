@@ -1,0 +1,75 @@
+"""What a person types -> the turn the model was trained to read."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xseg.errors import UserError
+from xseg.tasks import phrasing
+from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, REGION, SEG
+
+SPAN = re.compile(re.escape(P_OPEN) + "(.*?)" + re.escape(P_CLOSE), re.DOTALL)
+POLITE = re.compile(r"^(?:please|can you|could you|would you|i want you to)\b[\s,]*", re.IGNORECASE)
+MASK_VERB = re.compile(
+    r"^(?:segment|find|mark|outline|highlight|locate|select|mask|show(?: me)?)\b\s*(?P<colon>:)?\s*", re.IGNORECASE
+)
+PLACE = re.compile(r"\s+in (?:the|this) (?:image|picture|photo)$", re.IGNORECASE)
+TALK = re.compile(
+    r"^(?:what|which|who|whose|why|when|where|how|is|are|was|were|do|does|did|has|have|am|will|should|can|could|would"
+    r"|describe|tell|explain|list|count|name|say|write|answer|compare|summarise|summarize|hello|hi|thanks|thank you"
+    r"|yes|no)\b",
+    re.IGNORECASE,
+)
+HELP = """\
+the large red circle             a mask of that thing; "segment ...", "find ...", "show me ..." mean the same
+segment: circle, square, grass   one mask per name (the colon makes it a list)
+how many circles are there?      an answer in words (ends with "?" or begins like a question or "describe ...")
+where is <p>the circle</p>?      your own wording, sent as it is; each <p>...</p> gets a mask"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn of a user in the model's own wording."""
+
+    text: str
+    """Without ``<image>``; phrases stand between ``<p>`` and ``</p>``."""
+    phrases: tuple[str, ...] = ()
+    """What masks are asked for, in order; empty = conversation."""
+
+
+def read(text: str) -> Request:
+    """Understand free text by the rules of ``HELP``. Raises UserError for empty text and misplaced special tokens."""
+    text = " ".join(text.split())
+    if not text:
+        raise UserError("the message is empty: name a thing in the image or ask a question")
+    for token in (IMAGE, REGION, SEG):
+        if token in text:
+            raise UserError(f"the message holds {token}, which only xseg itself may write; remove it: {text[:80]!r}")
+    if P_OPEN in text or P_CLOSE in text:
+        return Request(text, tuple(SPAN.findall(text)))
+    wish = POLITE.sub("", text)
+    verb = MASK_VERB.match(wish)
+    if verb and verb["colon"]:
+        return categories([name.strip(" .!") for name in wish[verb.end() :].split(",")])
+    if verb and wish[verb.end() :].strip(" .?!"):
+        return phrase(wish[verb.end() :])
+    if text.endswith("?") or TALK.match(text):
+        return Request(text)
+    return phrase(wish)
+
+
+def phrase(text: str) -> Request:
+    """Ask for one thing in the wording of evaluation."""
+    cleaned = PLACE.sub("", text.strip(" .?!")).lower()
+    if not cleaned:
+        raise UserError("the phrase is empty: name a thing in the image, for example 'the large red circle'")
+    return Request(phrasing.PHRASE[0].format(phrase=phrasing.span(cleaned)), (cleaned,))
+
+
+def categories(names: Sequence[str]) -> Request:
+    """Ask for everything that bears one of these names, in the wording of evaluation."""
+    cleaned = list(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
+    if not cleaned:
+        raise UserError("the list of names is empty: write for example 'segment: circle, square, grass'")
+    spans = ", ".join(phrasing.span(name) for name in cleaned)
+    return Request(phrasing.CATEGORIES[0].format(names=spans), tuple(cleaned))

@@ -1,0 +1,142 @@
+"""A conversation about one image. The image goes through the encoders once, however many turns follow."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from xseg.errors import UserError
+from xseg.geometry import masks as rle
+from xseg.geometry.views import read_image
+from xseg.infer import request
+from xseg.infer.predictor import Predictor, choose, device, empty
+from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, SEG, SENTINELS
+from xseg.types import Encoded, Formatted, ImageViews, Query, Segment, Turn
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one message."""
+
+    question: str
+    """As the person typed it."""
+    text: str
+    """Generated text up to the stop token, with ``<SEG>`` and the markers."""
+    segments: tuple[Segment, ...] = ()
+    """One per phrase asked for, in order, objects of one name united; an empty mask = not in the image."""
+
+    @property
+    def coverage(self) -> tuple[float, ...]:
+        """Percent of the image that each segment covers."""
+        return tuple(100 * rle.area(s.mask) / (s.mask["size"][0] * s.mask["size"][1]) for s in self.segments)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with masks as COCO RLE."""
+        rows = [
+            {"label": s.label, "score": round(s.score, 4), "coverage": round(c, 3), "mask": rle.to_json(s.mask)}
+            for s, c in zip(self.segments, self.coverage, strict=True)
+        ]
+        return {"question": self.question, "text": self.text, "segments": rows}
+
+
+class Session:
+    """One image, a growing list of turns, greedy answers; ``answers`` is the history a person sees."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.image: Image | None = None
+        self.name = ""
+        """File name of the image, for saved files."""
+        self.answers: list[Answer] = []
+        self._turns: list[Turn] = []
+        self._views: ImageViews | None = None
+        self._features: Any = None
+
+    @torch.inference_mode()
+    def set_image(self, image: Image | str | Path) -> None:
+        """Encode an image and forget the conversation about the one before. UserError when it cannot be read."""
+        opened = read_image(image if isinstance(image, Image) else Path(image), "chat")
+        self._views = self.predictor.processor.sizes.views(opened)
+        self.image, self.name = opened, "image" if isinstance(image, Image) else Path(image).stem
+        batch = self.predictor.processor.batch([Encoded("image", None, (self._views,), ())])
+        model = self.predictor.model
+        batch = batch.to(device(model))
+        self._features = model.encode_images(batch.llm_pixels, batch.mask_pixels)
+        self.answers, self._turns = [], []
+
+    @torch.inference_mode()
+    def ask(self, text: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+        """Answer a message; ``request.HELP`` says how it is understood. Masks come from the ``<SEG>`` it writes.
+
+        Raises UserError without an image, and for text that cannot be a message; the history is then unchanged.
+        """
+        if self._views is None or self.image is None:
+            raise UserError("no image yet: set one first (in the chat: /image FILE)")
+        asked = request.read(text)
+        question = Turn("user", asked.text if self._turns else f"{IMAGE}\n{asked.text}")
+        turns = (*self._turns, question)
+        processor, model = self.predictor.processor, self.predictor.model
+        encoded = processor.encode([self._views], Formatted(turns, self._queries(asked)), generation=True, key=text)
+        batch = processor.batch([encoded]).to(device(model))
+        stop_ids = processor.encoder.stop_ids if processor.encoder else ()
+        made = model.generate(batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, features=self._features)
+        said = processor.decode(made.sequences[0])
+        segments: tuple[Segment, ...] = ()
+        if asked.phrases and said.count(SEG) == 1 and made.output is not None:
+            logits = made.output.mask_logits[-1, 0], made.output.class_logits[-1, 0]
+            found = choose(*logits, self._views.geometry, asked.phrases)
+            segments = self._per_phrase(found, asked.phrases)
+        self._turns = [*turns, Turn("assistant", _harmless(said))]
+        self.answers.append(Answer(text, said, segments))
+        return self.answers[-1]
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False when there is none."""
+        if not self.answers:
+            return False
+        self.answers.pop()
+        del self._turns[-2:]
+        return True
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the conversation with its masks as ``conversation.json`` into ``folder`` and return the file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record: Mapping[str, Any] = {"image": self.name, "turns": [a.as_json() for a in self.answers]}
+        partial = folder / "conversation.json.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+        os.replace(partial, folder / "conversation.json")
+        return folder / "conversation.json"
+
+    def _queries(self, asked: request.Request) -> tuple[Query, ...]:
+        if not asked.phrases:
+            return ()
+        earlier = "".join(turn.text for turn in self._turns)
+        first = len(request.SPAN.findall(earlier))
+        return (Query(earlier.count(SEG), tuple(range(first, first + len(asked.phrases)))),)
+
+    def _per_phrase(self, found: tuple[Segment, ...], phrases: tuple[str, ...]) -> tuple[Segment, ...]:
+        assert self._views is not None
+        out = []
+        for place, label in enumerate(phrases):
+            own = [s for s in found if s.category == place]
+            mask = rle.union([s.mask for s in own]) if own else empty(self._views.geometry.original)
+            out.append(Segment(mask, place, max((s.score for s in own), default=0.0), label))
+        return tuple(out)
+
+
+def _harmless(said: str) -> str:
+    """A generated answer as it may stand in the next question: sentinels out, and markers only where they pair up."""
+    for token in SENTINELS:
+        said = said.replace(token, "")
+    paired = request.SPAN.sub("", said)
+    if P_OPEN in paired or P_CLOSE in paired:
+        said = said.replace(P_OPEN, "").replace(P_CLOSE, "")
+    return said
