@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from xseg.config import TaskSpec
 from xseg.encode import Encoder, surviving
@@ -18,6 +18,7 @@ from xseg.types import Formatted, Query, Turn
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted(p.stem for p in (ROOT / "chat_templates").glob("*.jinja"))
+SHIPPED = sorted(p.parent for p in (ROOT / "train_stages/models").glob("*/tokenizer_config.json"))
 CHAT = ["<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CORPUS = [
     "User: segment the red circle in the image\nAssistant:\n",
@@ -118,6 +119,26 @@ def test_transformers_agrees_on_the_supervised_tokens(name: str) -> None:
     )
     assert theirs["input_ids"] == got.input_ids.tolist()
     assert theirs["assistant_masks"] == (got.labels != IGNORE_LABEL).astype(int).tolist()
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
+def test_shipped_tokenizers_agree_with_transformers_on_what_is_supervised(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    add_special_tokens(tokenizer)
+    turns = [Turn("user", "Segment <p>the circle</p>."), ANSWER, Turn("user", "And <p>the square</p>?"), SECOND[1]]
+    encoder = Encoder(tokenizer, source("phi3"), 2319)
+    got = encoder.encode(turns)
+    theirs = tokenizer.apply_chat_template(
+        [{"role": t.role, "content": t.text} for t in turns],
+        chat_template=source("phi3"),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    # encoding the whole text gives other space pieces than chunk by chunk, but the words must be the same
+    rows = zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
+    words = encoder.decode([i for i, supervised in rows if supervised])
+    assert encoder.decode(got.labels[got.labels != IGNORE_LABEL]).replace(" ", "") == words.replace(" ", "")
+    assert len(got.segs) == len(got.spans) == 2
 
 
 def test_spans_segs_and_sentinels_are_found(phi3: Encoder) -> None:
