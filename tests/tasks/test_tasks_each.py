@@ -5,9 +5,11 @@ import re
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from perfect import LOUD, geometry_of, perfect_output
 
+from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.tasks import conversation, generic_seg, refer_seg
 from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn
@@ -148,6 +150,13 @@ def test_many_phrases_are_drawn_in_training_and_all_kept_in_evaluation() -> None
     drawn = [tuple(spans(t.text)[0] for t in task.format(many, rng(k)).turns[::2]) for k in range(20)]
     assert {len(d) for d in drawn} == {4} and len(set(drawn)) > 10
     assert len(task.format(many, rng(0), train=False).queries) == 20
+
+
+def test_phrases_lost_to_the_length_limit_are_an_error() -> None:
+    task, sample = refer_seg.Task(), refer_seg.Task.example()
+    output = perfect_output(sample, task.format(sample, rng(0), train=False))
+    with pytest.raises(UserError, match="example/refer: 2 of 3 phrases"):
+        task.decode(output, [0, 1], sample, geometry_of(sample))
 
 
 def test_rejection_compares_the_best_query_with_the_background() -> None:

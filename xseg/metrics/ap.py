@@ -23,7 +23,7 @@ class AveragePrecision:
         """Take the detections of one image."""
         assert sample.categories is not None
         self.categories = sample.categories
-        size = sample.masks.size if sample.masks is not None else sample.size
+        size = truth.size_of(sample)
         self.images.append((annotations(sample), [_detection(s) for s in candidates(prediction)], size))
 
     def __iadd__(self, other: Self) -> Self:

@@ -32,7 +32,9 @@ def random_object(sample: Sample, rng: np.random.Generator) -> Prediction:
     segments = []
     for phrase in sample.phrases:
         rows = [objects[int(rng.integers(len(objects)))].mask] if objects else []
-        segments.append(Segment(truth.encode(truth.union(sample.masks, rows, sample.size)), 0, 1.0, phrase.text))
+        segments.append(
+            Segment(truth.encode(truth.union(sample.masks, rows, truth.size_of(sample))), 0, 1.0, phrase.text)
+        )
     return Prediction(sample.key, tuple(segments))
 
 
@@ -55,7 +57,7 @@ def constant_panoptic(category_map: np.ndarray, sample: Sample) -> Prediction:
     """Predict the same category map for every image; each category in it is one segment."""
     categories: Categories | None = sample.categories
     assert categories is not None
-    semantic = _resized(category_map, sample.size)
+    semantic = _resized(category_map, truth.size_of(sample))
     present = [int(c) for c in np.unique(semantic) if c >= 0]
     segments = tuple(Segment(truth.encode(semantic == c), c, 1.0, categories.names[c]) for c in present)
     id_map = np.zeros(semantic.shape, np.int32)

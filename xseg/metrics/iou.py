@@ -70,7 +70,7 @@ class PhraseIoU:
 
 def sentences(prediction: Prediction, sample: Sample) -> list[Sentence]:
     """Compare each phrase's segment with the union of its instances; pixels of ``sample.ignore`` are left out."""
-    size = sample.masks.size if sample.masks is not None else sample.size
+    size = truth.size_of(sample)
     out = []
     for k, phrase in enumerate(sample.phrases):
         rows = [sample.instances[i].mask for i in phrase.instances]

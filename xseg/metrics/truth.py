@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 from hotcoco import mask as coco_mask
 
-from xseg.types import Masks, Sample
+from xseg.types import Masks, Sample, Size
+
+
+def size_of(sample: Sample) -> Size:
+    """Return (H, W) of a sample's annotation."""
+    return sample.size if sample.masks is None else sample.masks.size
 
 
 def mask(masks: Masks, row: int) -> np.ndarray:

@@ -68,7 +68,15 @@ class Task:
     def decode(
         self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
-        """One segment per phrase, from the decoder query with the highest probability of the phrase."""
+        """One segment per phrase, from the decoder query with the highest probability of the phrase.
+
+        Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
+        """
+        if len(queries) != len(sample.phrases):
+            raise UserError(
+                f"{sample.key}: {len(queries)} of {len(sample.phrases)} phrases fit the text; raise max_tokens of the "
+                "model recipe, or let the source give fewer phrases per sample"
+            )
         segments = []
         for query, phrase in zip(queries, sample.phrases, strict=True):
             logits = output.class_logits[-1, query]
