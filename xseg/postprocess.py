@@ -1,0 +1,212 @@
+"""Mask logits of one query -> segments in original pixels. Pure functions, no state (X-SAM section 3; Mask2Former).
+
+Predictions are chosen by their class logits at low resolution, and only the chosen are brought to original pixels, by
+one composed bilinear map (two matrix products). The result equals upsampling everything to the canvas, cropping the
+padding away and resizing to the original.
+
+All functions read ``mask_logits`` (N, h, w) and ``class_logits`` (N, K + 1), background last, of one decoder layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hotcoco import mask as coco_mask
+from torch import Tensor
+
+from xseg.types import Segment, ViewGeometry
+
+CHUNK = 2**23
+"""Most values in original pixels held at once (32 MiB in float32)."""
+
+
+def resize_matrix(low: int, canvas: int, scaled: int, original: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One axis of the way back: (scaled, low) from the grid to the used part of the canvas, (original, scaled) on."""
+    up = F.interpolate(torch.eye(low, device=device)[None], canvas, mode="linear")[0].T[:scaled]
+    down = F.interpolate(torch.eye(scaled, device=device)[None], original, mode="linear")[0].T
+    return up, down
+
+
+class _Resize:
+    """The two steps from the mask grid to original pixels, for rows (y) and columns (x)."""
+
+    def __init__(self, grid: Sequence[int], g: ViewGeometry, device: torch.device) -> None:
+        if g.offset != (0, 0) or max(g.scaled) > g.canvas:
+            raise ValueError(f"{g}: a view cut by augmentation does not show the whole image, so there is no way back")
+        self.size = g.original
+        self.up_y, self.down_y = resize_matrix(grid[0], g.canvas, g.scaled[0], g.original[0], device)
+        self.up_x, self.down_x = resize_matrix(grid[1], g.canvas, g.scaled[1], g.original[1], device)
+        self.y, self.x = self.down_y @ self.up_y, (self.down_x @ self.up_x).T.contiguous()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(n, h, w) -> (n, H, W)."""
+        return (self.y @ logits.float()) @ self.x
+
+    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
+        """Split rows so that their masks in original pixels fit the budget."""
+        return iter(rows.split(max(1, CHUNK // (self.size[0] * self.size[1]))))
+
+
+def to_original(mask_logits: Tensor, g: ViewGeometry) -> Tensor:
+    """(n, h, w) logits on the mask grid -> (n, H, W) float32 logits in original pixels."""
+    return _Resize(mask_logits.shape[1:], g, mask_logits.device)(mask_logits)
+
+
+@torch.no_grad()
+def panoptic(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    g: ViewGeometry,
+    *,
+    is_thing: Sequence[bool],
+    score_threshold: float,
+    mask_threshold: float = 0.5,
+    overlap: float = 0.8,
+) -> tuple[np.ndarray, list[Segment]]:
+    """Give every pixel to the prediction with the largest mask probability times score.
+
+    Predictions need a best foreground score above ``score_threshold`` (the background is not asked). One is dropped,
+    leaving void, when the pixels it won are at most ``overlap`` of those where probability times score reaches
+    ``mask_threshold``. Stuff of one class is one segment, with the best score of its parts.
+    Returns the (H, W) int32 map (0 = void, else 1 + index of the segment) and the segments.
+    """
+    scores, labels = class_logits.float().softmax(-1)[:, :-1].max(-1)
+    kept = (scores > score_threshold).nonzero()[:, 0]
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    best = torch.full(g.original, -1.0, device=mask_logits.device)
+    winner = torch.zeros(g.original, dtype=torch.long, device=mask_logits.device)
+    areas = [winner.new_zeros(0)]
+    start = 0
+    for rows in resize.chunks(kept) if len(kept) else ():
+        prob = resize(mask_logits[rows]).sigmoid_().mul_(scores[rows, None, None])
+        areas.append((prob >= mask_threshold).flatten(1).sum(1))
+        value, index = prob.max(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = torch.where(better, index + start, winner)
+        start += len(rows)
+    area = torch.cat(areas)
+    won = torch.bincount(winner.flatten(), minlength=len(kept))[: len(kept)]
+    valid = (won > 0) & (area > 0) & (won / area > overlap)
+    # One copy to the host for everything that is decided per prediction.
+    columns = torch.stack([valid.double(), labels[kept].double(), scores[kept].double()]).cpu().tolist()
+    parts = [(int(label), score) if ok else None for ok, label, score in zip(*columns, strict=True)]
+    ids, found = _merge_stuff(parts, is_thing)
+    table = torch.tensor([*ids, 0], dtype=torch.int32, device=winner.device)
+    id_map = table[winner].cpu().numpy() if len(kept) else np.zeros(g.original, np.int32)
+    return id_map, [Segment(rle(id_map == i), label, score) for i, (label, score) in enumerate(found, start=1)]
+
+
+def _merge_stuff(
+    parts: Sequence[tuple[int, float] | None], is_thing: Sequence[bool]
+) -> tuple[list[int], list[tuple[int, float]]]:
+    """Number the valid predictions from 1, one number per stuff class; returns a number per prediction (0 = none)."""
+    ids: list[int] = []
+    found: list[tuple[int, float]] = []
+    stuff: dict[int, int] = {}
+    for part in parts:
+        if part is None:
+            ids.append(0)
+            continue
+        label, score = part
+        if label in stuff:
+            place = stuff[label]
+            found[place - 1] = (label, max(score, found[place - 1][1]))
+        else:
+            found.append(part)
+            place = len(found)
+            if not is_thing[label]:
+                stuff[label] = place
+        ids.append(place)
+    return ids, found
+
+
+@torch.no_grad()
+def semantic(
+    mask_logits: Tensor, class_logits: Tensor, g: ViewGeometry, *, average: Literal["canvas", "original"] = "canvas"
+) -> np.ndarray:
+    """Label every pixel with the class of the largest sum of class probability times mask probability.
+
+    ``average``: where the sums are made, "canvas" = on the canvas, then resized (the published models), or
+    "original" = in original pixels. Returns (H, W) int32 class indices; background is no class.
+    """
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    classes = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
+    one = torch.eye(g.original[0], device=mask_logits.device)
+    up_y, down_y = (resize.up_y, resize.down_y) if average == "canvas" else (resize.y, one)
+    up_x = resize.up_x.T if average == "canvas" else resize.x
+    logits = mask_logits.float() @ up_x
+    out = torch.zeros(g.original, dtype=torch.int32, device=mask_logits.device)
+    wide = max(len(classes), len(mask_logits)) * max(up_x.shape[1], g.original[1])
+    step = max(1, CHUNK // wide)
+    for top in range(0, g.original[0], step):
+        rows = down_y[top : top + step]
+        used = rows.any(0).nonzero()[:, 0]
+        first, last = int(used[0]), int(used[-1]) + 1
+        prob = (up_y[first:last] @ logits).sigmoid_()
+        sums = (classes @ prob.flatten(1)).view(len(classes), last - first, -1)
+        if average == "canvas":
+            sums = rows[:, first:last] @ (sums @ resize.down_x.T)
+        out[top : top + step] = sums.argmax(0)
+    return out.cpu().numpy()
+
+
+@torch.no_grad()
+def instances(
+    mask_logits: Tensor, class_logits: Tensor, g: ViewGeometry, *, top_k: int = 200, score_threshold: float
+) -> list[Segment]:
+    """Return the ``top_k`` pairs of prediction and class, best first; one prediction may answer for several classes.
+
+    Mask: logit > 0 in original pixels. Score: class probability times the mean mask probability inside the mask, at
+    least ``score_threshold``. Empty masks are left out.
+    """
+    prob = class_logits.float().softmax(-1)[:, :-1]
+    scores, flat = prob.flatten().topk(min(top_k, prob.numel()))
+    # The mean of a probability is at most 1: what is below the threshold now stays below.
+    alive = scores >= score_threshold
+    scores, flat = scores[alive], flat[alive]
+    query, label = flat // max(1, prob.shape[1]), flat % max(1, prob.shape[1])
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    rows, place = query.unique(return_inverse=True)
+    means = [scores.new_zeros(0)]
+    rles: list[dict[str, object]] = []
+    for chunk in resize.chunks(rows) if len(rows) else ():
+        logits = resize(mask_logits[chunk]).flatten(1)
+        inside = logits > 0
+        means.append((logits.sigmoid() * inside).sum(1) / (inside.sum(1) + 1e-6))
+        rles += [rle(m) for m in inside.view(-1, *g.original).cpu().numpy()]
+    final = scores * torch.cat(means)[place]
+    best_first = final.argsort(descending=True, stable=True)
+    columns = torch.stack([t[best_first].double() for t in (final, label, place)]).cpu().tolist()
+    found = [Segment(rles[int(row)], int(c), s) for s, c, row in zip(*columns, strict=True) if s >= score_threshold]
+    return [s for s in found if s.score > 0]
+
+
+@torch.no_grad()
+def best(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    g: ViewGeometry,
+    *,
+    concept: int = 0,
+    threshold: float = 0.5,
+    reject: bool = False,
+) -> Segment:
+    """Return the mask (probability above ``threshold``) of the prediction most sure of class ``concept``.
+
+    With ``reject`` the mask is empty when that prediction thinks the background likelier than the concept.
+    """
+    prob = class_logits.float().softmax(-1)
+    query = prob[:, concept].argmax()
+    score, background = torch.stack([prob[query, concept], prob[query, -1]]).tolist()
+    if reject and background > score:
+        return Segment(rle(np.zeros(g.original, bool)), concept, score)
+    mask = to_original(mask_logits[query][None], g)[0].sigmoid() > threshold
+    return Segment(rle(mask.cpu().numpy()), concept, score)
+
+
+def rle(mask: np.ndarray) -> dict[str, object]:
+    """(H, W) bool -> COCO RLE."""
+    return dict(coco_mask.encode(np.asfortranarray(mask)))
