@@ -34,7 +34,8 @@ SPLITS: dict[str, tuple[int, Policy]] = {
     "parts": (5 << 24, "seen"),
 }
 """Split -> (first scene index, policy). Image k of a split is scene ``first + k``, k < 2**24, so that two splits never
-share a scene, whatever their length. "parts" is for pretraining the miniature encoders; no stage and no suite uses it."""
+share a scene, whatever their length. "parts" is for pretraining the miniature encoders; no stage and no suite uses
+it."""
 SPLIT_LENGTH = 1 << 24
 
 MIN_VISIBLE = 0.5

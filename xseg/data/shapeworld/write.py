@@ -1,0 +1,275 @@
+"""ShapeWorld on disk, in the formats of the real data sets.
+
+``write`` makes one split folder::
+
+    images/000000000001.png     RGB pictures; the number is the image id: its place in the split, from 1
+    panoptic.json  panoptic/    COCO panoptic: one record per image, PNGs with id = R + 256 G + 65536 B
+    instances.json              COCO instances: visible masks as compressed RLE
+    refs.json                   RefCOCO's records; "ann_id" is [] where nothing is meant, a sentence has its "kind"
+    talk.json                   LLaVA conversations; "question_type" is that of the last question
+    shapeworld.json             what the folder was made from
+
+A folder appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from xseg.data.shapeworld.draw import PAINT, draw
+from xseg.data.shapeworld.language import expressions
+from xseg.data.shapeworld.questions import Question, questions
+from xseg.data.shapeworld.world import GROUNDS, SPLITS, Policy, Scene, Variant, shapes_of, split_scene
+from xseg.errors import UserError
+from xseg.geometry.masks import encode, to_json, write_id_map
+from xseg.tokens import IMAGE
+
+FORMAT = 1
+"""Raised when the same arguments give other files than before."""
+MARKER = "shapeworld.json"
+EXPRESSIONS, QUESTIONS = 6, 6
+"""Most expressions an image, and most questions in a training conversation."""
+VAL_QUESTIONS = 3
+"""Conversations, of one question each, for an image of a split that is not for training."""
+FIRST_GROUND = 101
+"""Category ids of grounds start here, those of shapes at 1: not contiguous, as in COCO."""
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+def write_splits(
+    out: Path,
+    images: int,
+    val_images: int = 200,
+    seed: int = 0,
+    *,
+    size: int = 128,
+    variant: Variant = "easy",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Write ``out``/train, /val and /overfit (16 images); ``progress`` gets (split, done, total)."""
+    for split, count in (("train", images), ("val", val_images), ("overfit", 16)):
+        report = None if progress is None else _for_split(progress, split)
+        write(out / split, count, seed, size=size, variant=variant, split=split, progress=report)
+
+
+def _for_split(progress: Callable[[str, int, int], None], split: str) -> Progress:
+    return lambda done, total: progress(split, done, total)
+
+
+def write(
+    out: Path,
+    images: int,
+    seed: int,
+    *,
+    size: int = 128,
+    variant: Variant = "easy",
+    split: str = "train",
+    progress: Progress | None = None,
+) -> None:
+    """Write images 0 to ``images`` - 1 of a split into the folder ``out``; memory does not grow with their number.
+
+    Nothing is done where ``out`` already holds exactly this. Raises UserError where it holds anything else, and for
+    fewer than one image or a negative seed.
+    """
+    if images < 1 or seed < 0:
+        raise UserError(f"ShapeWorld with {images} images and seed {seed}: at least 1 image, and a seed of 0 or more")
+    marker = {
+        "format": FORMAT, "split": split, "images": images, "seed": seed, "size": size, "variant": variant,
+    }  # fmt: skip
+    if _is_there(out, marker):
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        _fill(partial, marker, progress)
+        (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf8")
+        if not _is_there(out, marker):  # another process may have finished the same folder meanwhile
+            os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_there(out: Path, marker: dict[str, Any]) -> bool:
+    """Whether ``out`` holds the data set of ``marker``; UserError when it holds something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    path = out / MARKER
+    found = json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    if found == marker:
+        return True
+    what = "no ShapeWorld" if found is None else f"another ShapeWorld ({_difference(found, marker)})"
+    raise UserError(f"{out}: holds {what}; nothing is overwritten: choose another folder or remove this one")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    keys = [k for k in wanted if found.get(k) != wanted[k]]
+    return ", ".join(f"{k} {found.get(k)} instead of {wanted[k]}" for k in keys)
+
+
+def _fill(folder: Path, marker: dict[str, Any], progress: Progress | None) -> None:
+    (folder / "images").mkdir()
+    (folder / "panoptic").mkdir()
+    split, count = marker["split"], marker["images"]
+    scenes = (
+        split_scene(marker["seed"], split, i, side=marker["size"], variant=marker["variant"]) for i in range(count)
+    )
+    files = _Files(folder, split)
+    for number, scene in enumerate(scenes):
+        first = SPLITS[split][0] + number
+        _write_image(files, scene, number + 1, np.random.default_rng([marker["seed"], first, 1]))
+        if progress is not None:
+            progress(number + 1, count)
+    files.close()
+
+
+def categories(policy: Policy) -> list[dict[str, Any]]:
+    """The category records of a split: the shapes its scenes may hold, then the grounds."""
+    colours = list(PAINT.values())
+    names = [(n, 1 + k, 1, "shape") for k, n in enumerate(shapes_of(policy))]
+    names += [(n, FIRST_GROUND + k, 0, "ground") for k, n in enumerate(GROUNDS)]
+    return [
+        {"id": i, "name": n, "supercategory": above, "isthing": thing, "color": list(colours[k % len(colours)])}
+        for k, (n, i, thing, above) in enumerate(names)
+    ]
+
+
+class _Rows:
+    """A JSON list on disk that grows row by row."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.count = path.open("w+", encoding="utf8"), 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one record."""
+        self.file.write((",\n" if self.count else "") + json.dumps(row, separators=(",", ":")))
+        self.count += 1
+
+    def copy(self, target: IO[str]) -> None:
+        """Write the whole list."""
+        self.file.seek(0)
+        target.write("[")
+        shutil.copyfileobj(self.file, target)
+        target.write("]\n")
+
+
+class _Files:
+    """The growing annotation lists of one split."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split, self.sentences = folder, split, 0
+        self.categories = categories(SPLITS[split][1])
+        self.ids = {c["name"]: int(c["id"]) for c in self.categories}
+        self.images, self.segments = _Rows(folder / "images.rows"), _Rows(folder / "segments.rows")
+        self.instances = _Rows(folder / "instances.rows")
+        self.refs, self.talk = _Rows(folder / "refs.rows"), _Rows(folder / "talk.rows")
+
+    def close(self) -> None:
+        """Put the lists together into the four JSON files."""
+        self._coco("panoptic.json", self.segments, self.categories)
+        self._coco("instances.json", self.instances, [c for c in self.categories if c["isthing"]])
+        for name, rows in (("refs.json", self.refs), ("talk.json", self.talk)):
+            with (self.folder / name).open("w", encoding="utf8") as file:
+                rows.copy(file)
+        for rows in (self.images, self.segments, self.instances, self.refs, self.talk):
+            rows.file.close()
+            Path(rows.file.name).unlink()
+
+    def _coco(self, name: str, annotations: _Rows, listed: list[dict[str, Any]]) -> None:
+        with (self.folder / name).open("w", encoding="utf8") as file:
+            file.write('{"images": ')
+            self.images.copy(file)
+            file.write(f', "categories": {json.dumps(listed)},\n"annotations": ')
+            annotations.copy(file)
+            file.write("}\n")
+
+
+def _write_image(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
+    name = f"{number:012d}.png"
+    Image.fromarray(draw(scene)).save(files.folder / "images" / name)
+    # spread over the 24 bits, so that the PNG is colourful and readers must use all three channels
+    write_id_map(files.folder / "panoptic" / name, scene.owner.astype(np.int64) * SPREAD)
+    files.images.add({"id": number, "file_name": name, "height": scene.side, "width": scene.side})
+    grounds = len(scene.ground.names)
+    names = [*scene.ground.names, *(thing.shape for thing in scene.things)]
+    segments = [_segment(scene.owner == i + 1, files.ids[n], (i + 1) * SPREAD) for i, n in enumerate(names)]
+    files.segments.add({"image_id": number, "file_name": name, "segments_info": segments})
+    for thing, segment in enumerate(segments[grounds:]):
+        rle = to_json(encode(scene.visible(thing)))
+        files.instances.add({**segment, "id": _annotation(number, thing), "image_id": number, "segmentation": rle})
+    _write_refs(files, scene, number, rng)
+    _write_talk(files, scene, number, rng)
+
+
+SPREAD = 1_111_111
+"""Factor from ``Scene.owner`` to panoptic ids; 15 owners fit into 24 bits."""
+
+
+def _annotation(image: int, thing: int) -> int:
+    return 100 * image + thing + 1
+
+
+def _segment(mask: np.ndarray, category: int, key: int) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+    return {"id": key, "category_id": category, "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
+
+
+def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
+    """One reference per meant thing, one per sentence that means nothing, as gRefCOCO has them."""
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for expression in expressions(scene, rng, EXPRESSIONS):
+        sentence: dict[str, Any] = {
+            "sent_id": files.sentences,
+            "sent": expression.text,
+            "raw": expression.text,
+            "tokens": expression.text.split(),
+            "kind": expression.kind,
+        }
+        files.sentences += 1
+        # a reference without things has a group of its own: -1, -2, …
+        groups.setdefault(expression.things or (-sentence["sent_id"] - 1,), []).append(sentence)
+    for things, sentences in groups.items():
+        none = things[0] < 0
+        files.refs.add(
+            {
+                "ref_id": files.refs.count,
+                "ann_id": [] if none else _annotation(number, things[0]),
+                "category_id": -1 if none else files.ids[scene.things[things[0]].shape],
+                "image_id": number,
+                "file_name": f"{number:012d}.png",
+                "split": files.split,
+                "sent_ids": [s["sent_id"] for s in sentences],
+                "sentences": sentences,
+            }
+        )
+
+
+def _write_talk(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
+    if files.split == "train":
+        conversations = [questions(scene, rng, QUESTIONS)]
+    else:
+        conversations = [[question] for question in questions(scene, rng, VAL_QUESTIONS)]
+    for part, asked in enumerate(conversations):
+        files.talk.add(
+            {
+                "id": f"{number}-{part}",
+                "image": f"{number:012d}.png",
+                "question_type": asked[-1].type,
+                "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
+            }
+        )
+
+
+def _turns(question: Question, first: bool) -> list[dict[str, str]]:
+    head = f"{IMAGE}\n" if first else ""
+    return [{"from": "human", "value": head + question.text}, {"from": "gpt", "value": question.answer}]
