@@ -48,9 +48,9 @@ class Evaluation:
 def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, Any]:
     """Score a model on every row of a suite and return what is written to ``out/results.json``.
 
-    ``samples.jsonl`` gets one line per sample: key, task, scores, generated text, predicted masks as RLE. Both files
+    ``samples.jsonl`` gets one line per sample: key, place, scores, generated text, predicted masks as RLE. Both files
     appear complete or not at all. A model without a language part (stage 1) is scored by its own label list on rows
-    whose task has one; rows that need text are skipped and named. Raises UserError when no row is left.
+    whose task has one; rows that need what the model lacks are skipped and named. UserError when no row is left.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     partial = run.out / "samples.jsonl.partial"
@@ -61,14 +61,15 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
             recipe = load_recipe(DataRecipe, row.recipe)
             spec = task_for(predictor, row.task or recipe.task)
             if spec is None:
-                run.note(f"{row.recipe}: skipped, its task needs text and this model (stage 1) has no language part")
+                run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2 has none)")
                 continue
             found, seconds, count = _run_row(predictor, row, spec, run, lines)
             rows += found
             speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
     if not speed:
-        raise UserError(f"suite {suite.name}: no row fits a model without a language part; evaluate a later stage")
-    results = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "rows": rows, "speed": speed}
+        raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
+    head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
+    results = {**head, "rows": rows, "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return results
@@ -76,9 +77,12 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
 
 def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
     """The task a model can be scored on: as asked, by the fixed label list for a stage-1 model, or None."""
+    task = load_task(spec)
+    if task.eval_mode == "forced" and predictor.model.config.segmentor_config is None:
+        return None
     if predictor.processor.encoder is not None:
         return spec
-    fields = {f.name for f in dataclasses.fields(load_task(spec))}
+    fields = {f.name for f in dataclasses.fields(task)}
     return TaskSpec(**{"name": spec.name, **spec.options, "labels": "fixed"}) if "labels" in fields else None
 
 
@@ -147,12 +151,13 @@ def _run_row(
     metrics, seconds, done = dataset.task.metrics(), 0.0, 0
     for pairs, took in predictions(predictor, dataset, run.batch_size):
         seconds, done = seconds + took, done + len(pairs)
-        for sample, prediction in pairs:
+        for index, (sample, prediction) in enumerate(pairs, done - len(pairs)):
             scores: dict[str, float] = {}
             for metric in metrics:
                 metric.update(prediction, sample)
                 scores |= metric.per_sample(prediction, sample)
-            lines.write(json.dumps(record(prediction, row.recipe, dataset.task.name, scores)) + "\n")
+            place = {"dataset": row.recipe, "index": index, "task": dataset.task.name}
+            lines.write(json.dumps({"key": sample.key, **place, **record(prediction, scores)}) + "\n")
         run.progress(row.recipe, done, len(dataset), seconds)
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": recipe.split}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
@@ -160,20 +165,14 @@ def _run_row(
     return table + _blind_rows(dataset, head, row), seconds, done
 
 
-def record(prediction: Prediction, dataset: str, task: str, scores: dict[str, float]) -> dict[str, Any]:
-    """One line of samples.jsonl."""
+def record(prediction: Prediction, scores: dict[str, float]) -> dict[str, Any]:
+    """What a line of samples.jsonl says of a prediction; ``scores`` are the sample's own."""
     segments = [
         {"label": s.label, "category": s.category, "score": round(float(s.score), 4), "mask": rle.to_json(s.mask)}
         for s in prediction.segments
     ]
-    return {
-        "key": prediction.key,
-        "task": task,
-        "dataset": dataset,
-        "scores": {name: round(value, 3) for name, value in scores.items()},
-        "text": prediction.text,
-        "segments": segments,
-    }
+    rounded = {name: round(value, 3) for name, value in scores.items()}
+    return {"scores": rounded, "text": prediction.text, "segments": segments}
 
 
 def _blind_rows(dataset: Dataset, head: dict[str, Any], row: SuiteRow) -> list[dict[str, Any]]:
@@ -204,7 +203,7 @@ def _check_labels(predictor: Predictor, dataset: Dataset, name: str) -> None:
     if predictor.processor.encoder is not None or not len(dataset):
         return
     categories = dataset.sample(0).categories
-    known, asked = predictor.model.config.num_labels, len(categories.names) if categories else 0
+    known, asked = predictor.model.config.segmentor_config.num_labels, len(categories.names) if categories else 0
     if known != asked:
         raise UserError(
             f"{name}: {asked} categories, but this stage-1 model has a linear head over {known}: evaluate it on the "

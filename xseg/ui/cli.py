@@ -1,0 +1,143 @@
+"""The command line. Heavy imports happen inside the commands, so that ``xseg --help`` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import xseg
+from xseg.errors import UserError
+
+app = typer.Typer(
+    name="xseg",
+    help="Fine-tune multimodal LLMs that answer with masks.",
+    epilog="Training: accelerate launch --config_file train_stages/accelerate/zero2.yaml -m xseg.train STAGE.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Write and look at data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder that is written.")]
+Model = Annotated[Path, typer.Option("--model", help="The `final` folder of a stage.")]
+Root = Annotated[Path, typer.Option("--root", help="Folder that the paths of data recipes are relative to.")]
+
+
+def main() -> None:
+    """Run the command line: status 0 = done, 2 = the user's input was wrong (one message), 1 = anything else."""
+    try:
+        app()
+    except UserError as error:
+        print(f"xseg: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("xseg: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(xseg.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command("demo")
+def demo_command(
+    out: Out = Path("runs/demo"),
+    recipe: Annotated[str, typer.Option(help="Stages: a folder under train_stages.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed of the data and the stages.")] = 0,
+) -> None:
+    """The whole walk on ShapeWorld: data, three stages, evaluation, report, one chat turn."""
+    from rich.console import Console
+
+    from xseg.ui.demo import Demo
+
+    Demo(out, recipe, seed, Console()).run()
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    suite: Annotated[str, typer.Option(help="Suite: a path, or a name under eval/suites.")],
+    out: Out,
+    root: Root = Path("data"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward.")] = 8,
+) -> None:
+    """Score a model on a suite: results.json, samples.jsonl and a table beside published values."""
+    from rich.console import Console
+
+    from xseg.ui.scores import run_suite
+
+    run_suite(model, suite, out, root, batch_size, Console())
+
+
+@app.command("chat")
+def chat_command(
+    model: Model,
+    image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
+    say: Annotated[list[str] | None, typer.Option(help="A message (repeatable); without any, you type.")] = None,
+    out: Out = Path("runs/chat"),
+) -> None:
+    """Talk about one image; masks are written as PNG and RLE."""
+    from rich.console import Console
+
+    from xseg.ui.chat import chat
+
+    chat(model, image, say or [], out, Console(highlight=False))
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/demo.")],
+    root: Annotated[Path | None, typer.Option(help="Data root, where it moved since the evaluation.")] = None,
+) -> None:
+    """Write RUN/report/index.html: tables, curves, worst and best samples."""
+    from xseg.ui.report import write_report
+
+    print(write_report(run, root))
+
+
+@data.command("shapes")
+def shapes_command(
+    out: Out,
+    images: Annotated[int, typer.Option(min=1, help="Training images.")],
+    val_images: Annotated[int, typer.Option(min=1, help="Images for evaluation.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other scenes.")] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Side of an image in pixels.")] = 128,
+) -> None:
+    """Write ShapeWorld (train, val, overfit) in the formats of COCO, RefCOCO and LLaVA."""
+    from rich.console import Console
+
+    from xseg.ui.shapes import write_shapes
+
+    write_shapes(out, images, val_images, seed, size, Console())
+
+
+@data.command("show")
+def show_command(
+    recipe: Annotated[str, typer.Argument(help="Data recipe: a path, or a name under data_recipes.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many samples.")] = 4,
+    root: Root = Path("data"),
+    out: Out = Path("runs/show"),
+    model: Annotated[str, typer.Option(help="Model recipe: its tokenizer and chat template are used.")] = "tiny",
+    epoch: Annotated[int, typer.Option(min=0, help="The wording and order of this epoch.")] = 0,
+) -> None:
+    """Print what the model will read, supervised tokens green and spans underlined; draw the masks as PNG."""
+    from rich.console import Console
+
+    from xseg.ui.show import show
+
+    show(recipe, n, root, out, model, epoch, Console(highlight=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""``xseg demo``: the whole walk on ShapeWorld, step by step, each step a command that a person could type."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xseg.config import FOLDERS, DataRecipe, StageRecipe, Suite, find, load_recipe
+from xseg.data.sources import load_source
+from xseg.errors import UserError
+from xseg.infer.evaluate import write_json
+from xseg.train.stage import check_compiler
+from xseg.ui.scores import table
+
+GIB = 1 << 30
+LEAST_DISK, LEAST_MEMORY = 2 * GIB, 3 * GIB
+IMAGES = {"overfit": 16}
+DEFAULT_IMAGES = 20000
+PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
+"""How this Python runs the programs that a command names, whatever PATH says."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo."""
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path
+    """What lies there once the step is done."""
+
+
+class Demo:
+    """The commands of a demo in ``out``; a second run skips what is done and resumes what was cut short."""
+
+    def __init__(self, out: Path, recipe: str, seed: int, console: Console) -> None:
+        """Raises UserError for an unknown recipe."""
+        self.out, self.recipe, self.seed, self.console = out, recipe, seed, console
+        folder = find(recipe, FOLDERS[StageRecipe], suffix="")
+        self.stages = sorted(folder.glob("s[0-9]*.yaml"))
+        if not self.stages:
+            raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
+        self.suite = "shapes" if recipe not in IMAGES else recipe
+        self.record = out / "demo.json"
+        self.seconds: dict[str, float] = {}
+        self.changed = False
+        """Whether a step ran this time, so that what follows from it must run too."""
+
+    def run(self) -> None:
+        """Do every step. Raises UserError when the machine lacks something, typer.Exit when a step fails."""
+        began = time.monotonic()
+        precheck(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for step in [*self.training(), *self.evaluation()]:
+            self.do(step)
+        self.do(self.talk())
+        results = self.merge()
+        self.do(Step("report", ("xseg", "report", str(self.out)), self.out / "report/index.html"))
+        self.close(results, time.monotonic() - began)
+
+    def training(self) -> list[Step]:
+        """The data, then every stage; a stage starts from the folders of this demo's earlier stages."""
+        data = self.out / "data"
+        count = str(IMAGES.get(self.recipe, DEFAULT_IMAGES))
+        write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", "--images", count, "--seed", str(self.seed))
+        steps = [Step("data", write, data / "shapes/val/shapeworld.json")]
+        accelerate = find("zero2", "train_stages/accelerate")
+        for path in self.stages:
+            out = self.out / stage_name(path)
+            settings = [f"out={out}", f"data_root={data}", *self._start(path)]
+            if self.seed:
+                settings.append(f"seed={self.seed}")
+            launch = ("accelerate", "launch", "--config_file", str(accelerate), "-m", "xseg.train", str(path))
+            flags = tuple(word for setting in settings for word in ("--set", setting))
+            steps.append(Step(out.name, (*launch, *flags, "--resume", "auto"), out / "final/config.json"))
+        return steps
+
+    def evaluation(self) -> list[Step]:
+        """The first stage's label head, where it is not the only stage, and the final model."""
+        score = ("xseg", "eval", "--suite", self.suite, "--root", f"{self.out}/data", "--model")
+        names = list(dict.fromkeys([stage_name(self.stages[0]), stage_name(self.stages[-1])]))
+        return [
+            Step(
+                f"eval {name}",
+                (*score, f"{self.out}/{name}/final", "--out", f"{self.out}/{name}/eval"),
+                self.out / name / "eval/results.json",
+            )
+            for name in names
+        ]
+
+    def talk(self) -> Step:
+        """One chat turn on the first held-out picture whose phrase names something."""
+        picture, phrase = self._example()
+        shutil.copyfile(picture, self.out / "example.png")
+        model = self.out / stage_name(self.stages[-1]) / "final"
+        files = ("--image", f"{self.out}/example.png", "--say", phrase, "--out", f"{self.out}/chat")
+        command = ("xseg", "chat", "--model", str(model), *files)
+        return Step("chat", command, self.out / "chat/example-01.png")
+
+    def do(self, step: Step) -> None:
+        """Run a step, unless this very command and all before it have finished earlier; record its time."""
+        done = json.loads(self.record.read_text(encoding="utf8")) if self.record.is_file() else {}
+        earlier = done.get(step.name, {})
+        line = shlex.join(step.command)
+        self.console.print(Text.assemble(("\n$ ", "bold green"), (line, "bold")), soft_wrap=True)
+        if not self.changed and earlier.get("command") == line and step.makes.exists():
+            self.console.print(f"done before, in {clock(earlier['seconds'])}", style="dim")
+            self.seconds[step.name] = earlier["seconds"]
+            return
+        self.changed = True
+        log = self.out / "logs" / f"{step.name.replace(' ', '-')}.log"
+        began = time.monotonic()
+        status = run(step.command, log)
+        self.seconds[step.name] = time.monotonic() - began
+        if status or not step.makes.exists():
+            why = f"status {status}" if status else f"it did not write {step.makes}"
+            self.console.print(Text(f"demo: {step.name} failed ({why}); its output is in {log}", style="bold red"))
+            raise typer.Exit(2 if status == 2 else 1)
+        done[step.name] = {"command": line, "seconds": round(self.seconds[step.name], 1)}
+        write_json(self.record, done)
+
+    def merge(self) -> dict[str, Any]:
+        """Write ``out``/results.json: the final model's rows, then those of the first stage, each with its model."""
+        places = [step.makes for step in reversed(self.evaluation())]
+        found = [json.loads(path.read_text(encoding="utf8")) for path in places]
+        rows = [
+            {"model": path.parent.parent.name, **row}
+            for path, results in zip(places, found, strict=True)
+            for row in results["rows"]
+        ]
+        merged = {**found[0], "rows": rows, "seconds": {k: round(v, 1) for k, v in self.seconds.items()}}
+        write_json(self.out / "results.json", merged)
+        return merged
+
+    def close(self, results: dict[str, Any], seconds: float) -> None:
+        """Print the scores, the time of each step, and where things lie."""
+        for name in dict.fromkeys(row["model"] for row in results["rows"]):
+            rows = [row for row in results["rows"] if row["model"] == name]
+            self.console.print(table({"suite": f"{results['suite']}, model {name}", "rows": rows}))
+        times = Table("step", "time", title="times", title_justify="left")
+        for name, spent in self.seconds.items():
+            times.add_row(name, clock(spent))
+        times.add_section()
+        times.add_row("this run", clock(seconds))
+        self.console.print(times)
+        for what, path in (
+            ("report", "report/index.html"),
+            ("results", "results.json"),
+            ("mask", "chat/example-01.png"),
+        ):
+            self.console.print(f"{what:8}{self.out / path}", markup=False, soft_wrap=True)
+        model = self.out / stage_name(self.stages[-1]) / "final"
+        self.console.print(f"talk    xseg chat --model {model} --image {self.out}/example.png", soft_wrap=True)
+
+    def _start(self, path: Path) -> list[str]:
+        """The setting that points ``init_from`` at this demo's own folders."""
+        names = [stage_name(Path(given).parent) for given in load_recipe(StageRecipe, str(path)).init_from]
+        return [f"init_from=[{', '.join(f'{self.out}/{name}/final' for name in names)}]"] if names else []
+
+    def _example(self) -> tuple[Path, str]:
+        for row in load_recipe(Suite, self.suite).rows:
+            recipe = load_recipe(DataRecipe, row.recipe)
+            source = load_source(recipe.source, self.out / "data", recipe.split, recipe.options)
+            for index in range(len(source)):
+                sample = source[index]
+                named = [phrase.text for phrase in sample.phrases if phrase.instances]
+                if named and isinstance(sample.images[0], Path):
+                    return sample.images[0], named[0]
+        raise UserError(f"suite {self.suite}: no phrase that names something; add a referring data set")
+
+
+def precheck(out: Path) -> None:
+    """Raise UserError when the machine lacks a compiler, disk or memory, before anything is written."""
+    check_compiler()
+    place = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < LEAST_DISK:
+        raise UserError(f"{place}: {free / GIB:.1f} GiB free, the demo needs {LEAST_DISK // GIB}: use another --out")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory < LEAST_MEMORY:
+        raise UserError(f"{memory / GIB:.1f} GiB of memory, the demo needs {LEAST_MEMORY // GIB}: use a larger machine")
+
+
+def run(command: Sequence[str], log: Path) -> int:
+    """Run a command with this Python, its output shown and kept in ``log``; return its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.executable, *PROGRAMS[command[0]], *command[1:]]
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        ) as process,
+    ):
+        assert process.stdout is not None
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+            file.write(chunk)
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+    return process.returncode
+
+
+def stage_name(path: Path) -> str:
+    """``train_stages/tiny/s1_segmentor.yaml`` -> ``s1``: the folder of a stage within a demo."""
+    found = re.match(r"s\d+", path.stem)
+    if found is None:
+        raise UserError(f"{path}: a demo's stages are named s1…, s2…; rename it")
+    return found[0]
+
+
+def clock(seconds: float) -> str:
+    """123.4 -> ``2:03 min``."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

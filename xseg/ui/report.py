@@ -1,0 +1,172 @@
+"""A run as one static page: results beside published values and blind baselines, curves, worst and best samples."""
+
+import html
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from xseg.errors import UserError
+from xseg.ui.curves import chart, read_series
+from xseg.ui.gallery import Card, Gallery, galleries
+
+BLIND = "blind"
+DEPTH = 3
+"""How deep below the run's folder results and curves are looked for."""
+
+
+def write_report(run: Path, data_root: Path | None = None) -> Path:
+    """Write ``run``/report/index.html with its pictures beside it and return the file; nothing external is loaded.
+
+    ``data_root`` replaces the data folder that the results name. The page appears complete or not at all. Raises
+    UserError when there is nothing to report.
+    """
+    results, curves = _results(run), _files(run, "metrics.jsonl")
+    if not results and not curves:
+        raise UserError(f"{run}: no results.json and no metrics.jsonl here; give the folder of a run (runs/demo)")
+    partial, final = run / "report.partial", run / "report"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "pictures").mkdir(parents=True)
+    shown, notes = _galleries(results, data_root, partial / "pictures")
+    sections = [_head(run, results)]
+    sections += [_table(place, found) for place, found in results]
+    sections.append(_curves(run, curves))
+    sections += [f'<p class="note">{_e(note)}</p>' for note in notes]
+    sections.append('<a id="samples"></a>')
+    sections += [_gallery(place, gallery) for place, gallery in shown]
+    (partial / "index.html").write_text(_page(run.resolve().name, sections), encoding="utf8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    return final / "index.html"
+
+
+def _files(run: Path, name: str) -> list[Path]:
+    found = [p for p in run.rglob(name) if len(p.relative_to(run).parts) <= DEPTH]
+    return sorted(p for p in found if "report" not in p.relative_to(run).parts)
+
+
+def _results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Evaluations of a run: every folder that holds results.json and samples.jsonl."""
+    out = []
+    for path in _files(run, "results.json"):
+        if (path.parent / "samples.jsonl").is_file():
+            out.append((path.parent, json.loads(path.read_text(encoding="utf8"))))
+    return out
+
+
+def _galleries(
+    results: Sequence[tuple[Path, dict[str, Any]]], data_root: Path | None, pictures: Path
+) -> tuple[list[tuple[Path, Gallery]], list[str]]:
+    shown, notes = [], []
+    for place, found in results:
+        try:
+            root = data_root or Path(found.get("data_root", "data"))
+            shown += [(place, gallery) for gallery in galleries(place, root, pictures)]
+        except UserError as error:
+            notes.append(f"No pictures of {place.name}: {error}")
+    return shown, notes
+
+
+def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    facts = []
+    for _, found in results[-1:]:
+        commit = (found.get("commit") or "no git checkout")[:12]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        facts = [f"commit {commit}", versions]
+    links = '<nav><a href="#results">Results</a><a href="#curves">Curves</a><a href="#samples">Samples</a></nav>'
+    return f'<h1>{_e(run.resolve().name)}</h1><p class="facts">{_e(" · ".join(facts))}</p>{links}<a id="results"></a>'
+
+
+def _table(place: Path, found: dict[str, Any]) -> str:
+    """One table per evaluation; blind baselines stand in a column of their own."""
+    blind = {_row_key(r): r["value"] for r in found["rows"] if r["protocol"].startswith(BLIND)}
+    rows = [_row(r, blind.get(_row_key(r))) for r in found["rows"] if not r["protocol"].startswith(BLIND)]
+    head = "".join(
+        f'<th class="{kind}">{name}</th>'
+        for name, kind in (
+            ("data set", ""),
+            ("metric", ""),
+            ("value", "number"),
+            ("95 %", "number"),
+            ("blind", "number"),
+            ("published", "number"),
+            ("n", "number"),
+            ("protocol", ""),
+        )
+    )
+    title = f"Suite {_e(found['suite'])} <small>{_e(_shown(place))}</small>"
+    return f'<h2>{title}</h2><div class="panel"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _row(row: dict[str, Any], blind: float | None) -> str:
+    low_high = "–".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else ""
+    mark = "" if blind is None else f'<b style="left:{min(max(blind, 0), 100):.1f}%" title="blind {blind:.1f}"></b>'
+    bar = f'<span class="bar"><i style="width:{min(max(row["value"], 0), 100):.1f}%"></i>{mark}</span>'
+    published = ""
+    if "published" in row:
+        published = f'<span title="{_e(row.get("published_source", ""))}">{row["published"]:.1f}</span>'
+    cells = (
+        (_e(row["dataset"]), ""),
+        (_e(row["metric"]), ""),
+        (f"{row['value']:.1f}{bar}", "number value"),
+        (low_high, "number"),
+        ("" if blind is None else f"{blind:.1f}", "number"),
+        (published, "number"),
+        (str(row["n"]), "number"),
+        (_e(row["protocol"]), "protocol"),
+    )
+    return "<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>"
+
+
+def _curves(run: Path, files: Iterable[Path]) -> str:
+    out = ['<h2 id="curves">Training</h2>']
+    for path in files:
+        charts = [chart(name, points) for name, points in read_series(path).items() if len(points) > 1]
+        stage = path.parent.relative_to(run).as_posix()
+        out.append(f'<h3>{_e("run" if stage == "." else stage)}</h3><div class="charts">{"".join(charts)}</div>')
+    return "".join(out)
+
+
+def _gallery(place: Path, gallery: Gallery) -> str:
+    parts = [f"<h2>{_e(gallery.title)} <small>{_e(_shown(place))}</small></h2>"]
+    for name, cards in (("Worst", gallery.worst), ("Best", gallery.best)):
+        parts.append(f'<h3>{name} {len(cards)}</h3><div class="cards">{"".join(map(_card, cards))}</div>')
+    return "".join(parts)
+
+
+def _card(card: Card) -> str:
+    figures = "".join(
+        f'<figure><img loading="lazy" src="pictures/{_e(file)}" alt="{_e(caption)} of {_e(card.key)}">'
+        f"<figcaption>{_e(caption)}</figcaption></figure>"
+        for caption, file in card.pictures
+    )
+    only = " only" if len(card.pictures) == 1 else ""
+    lines = "".join(f"<dt>{_e(who)}</dt><dd>{_e(text)}</dd>" for who, text in card.lines)
+    return (
+        f'<article class="card"><header><span>{_e(card.key)}</span><b>{_e(card.score)}</b></header>'
+        f'<div class="pictures{only}">{figures}</div><dl>{lines}</dl></article>'
+    )
+
+
+def _page(title: str, sections: Sequence[str]) -> str:
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_e(title)} · xseg</title><style>{style}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _row_key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["dataset"], row["metric"]
+
+
+def _shown(place: Path) -> str:
+    return "/".join(place.parts[-2:])
+
+
+def _e(text: str) -> str:
+    return html.escape(str(text))

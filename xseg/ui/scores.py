@@ -1,0 +1,64 @@
+"""``xseg eval``: run a suite with a progress bar and print the table."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from xseg.config import Suite, load_recipe
+from xseg.infer.evaluate import Evaluation, evaluate
+from xseg.infer.predictor import load
+
+
+def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, console: Console) -> None:
+    """Evaluate and print; UserError for anything wrong with the model, the suite or the data."""
+    recipe = load_recipe(Suite, suite)
+    with console.status(f"loading {model}"):
+        predictor, _ = load(model)
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def tell(dataset: str, done: int, total: int, seconds: float) -> None:
+            if dataset not in bars:
+                bars[dataset] = progress.add_task(dataset, total=total, rate="")
+            progress.update(bars[dataset], completed=done, rate=f"{done / max(seconds, 1e-9):.1f} samples/s")
+
+        run = Evaluation(root, out, batch_size, tell, lambda note: console.print(f"note: {note}", markup=False))
+        results = evaluate(predictor, recipe, run)
+    console.print(table(results))
+    for row in results["speed"]:
+        rate_text = f"{row['samples'] / max(row['seconds'], 1e-9):.1f} samples/s"
+        console.print(
+            f"{row['dataset']}: {row['samples']} samples in {row['seconds']:.1f} s, {rate_text}", markup=False
+        )
+    console.print(f"{out / 'results.json'}", markup=False, soft_wrap=True)
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Results with the blind baseline and the published value of the same metric beside them."""
+    out = Table(title=f"suite {results['suite']}", title_justify="left")
+    for name in ("data set", "metric", "value", "95 %", "blind", "published", "n"):
+        out.add_column(name, justify="left" if name in ("data set", "metric") else "right")
+    blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
+    last = None
+    for row in results["rows"]:
+        if row["protocol"].startswith("blind"):
+            continue
+        base = blind.get((row["dataset"], row["metric"]))
+        if last not in (None, row["dataset"]):
+            out.add_section()
+        out.add_row(
+            "" if row["dataset"] == last else row["dataset"],
+            row["metric"],
+            f"{row['value']:.1f}",
+            "-".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else "",
+            "" if base is None else f"{base:.1f}",
+            f"{row['published']:.1f}" if "published" in row else "",
+            str(row["n"]),
+        )
+        last = row["dataset"]
+    return out
