@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from loss_cases import make_batch, make_output, random_case
 
 from xseg.config import LossWeights
-from xseg.losses import matcher
+from xseg.losses import points as points_module
 from xseg.losses.matcher import Matches, match
 from xseg.losses.points import generator
 from xseg.losses.targets import Targets
@@ -63,7 +63,7 @@ def test_the_chunk_size_changes_nothing(points: str, monkeypatch: pytest.MonkeyP
     output, batch = random_case([1, 3, 0, 2])
     weights = LossWeights(points=points, num_points=30)
     whole = match(output, Targets(batch), weights, generator("cpu", 5))
-    monkeypatch.setattr(matcher, "CHUNK", 1)
+    monkeypatch.setitem(points_module.CHUNK, "cpu", 1)
     assert same(match(output, Targets(batch), weights, generator("cpu", 5)), whole)
 
 

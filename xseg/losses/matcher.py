@@ -1,6 +1,5 @@
 """Which prediction answers for which target mask: Hungarian matching of every decoder prediction (Mask2Former)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from xseg.config import LossWeights
-from xseg.losses.points import Randoms, sample_logits, uniform
+from xseg.losses.points import Randoms, chunks, sample_logits, uniform
 from xseg.losses.targets import Pixels, Targets
 from xseg.types import ModelOutput
-
-CHUNK = 2**26
-"""Most logits sampled at once (a quarter GiB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,10 @@ def pair_costs(logits: Tensor, pixels: Pixels, weights: LossWeights) -> Tensor:
     BCE is linear in the target, so it needs one softplus per logit and one product with the targets.
     """
     target, weight = pixels.target.transpose(1, 2), pixels.weight.transpose(1, 2).expand(len(logits), -1, -1)
-    prob = logits.sigmoid()
+    inner = logits.sigmoid() @ torch.cat([target, weight], dim=2)
+    overlap, size = inner[..., :-1], inner[..., -1:] + target.sum(1, keepdim=True)
     bce = (F.softplus(logits) @ weight - logits @ target) / weight.sum(1, keepdim=True).clamp_min(1)
-    size = prob @ weight + target.sum(1, keepdim=True)
-    dice = 1 - (2 * (prob @ target) + 1) / (size + 1)
+    dice = 1 - (2 * overlap + 1) / (size + 1)
     return weights.mask * bce + weights.dice * dice
 
 
@@ -52,19 +48,19 @@ def match(output: ModelOutput, targets: Targets, weights: LossWeights, randoms: 
     Cost = class * (-probability) + mask * BCE + dice * Dice on points shared by all masks of a query. All layers are
     one cost tensor, copied to the host once.
     """
-    layers, _, queries = output.mask_logits.shape[:3]
+    layers, items, queries = output.mask_logits.shape[:3]
     device = output.mask_logits.device
     counts = [min(queries, n) for n in targets.counts]
     if not sum(counts):
         empty = torch.zeros(layers, 0, dtype=torch.long, device=device)
         return Matches(counts, empty.new_zeros(0), empty, empty)
     source = _Source(output, targets, weights, randoms)
-    chunks = list(_chunks(targets.counts, source.per_item))
-    costs = [source.costs(first, last) for first, last in chunks]
+    ranges = [(r.start, r.stop) for r in chunks(items, source.per_item, device) if sum(targets.counts[r])]
+    costs = [source.costs(first, last) for first, last in ranges]
     flat = torch.cat([c.flatten() for c in costs]).nan_to_num(1e10).clamp(-1e10, 1e10).cpu().numpy()
     pairs: list[list[np.ndarray]] = [[] for _ in range(layers)]
     start = 0
-    for (first, last), cost in zip(chunks, costs, strict=True):
+    for (first, last), cost in zip(ranges, costs, strict=True):
         block = flat[start : start + cost.numel()].reshape(cost.shape)
         start += cost.numel()
         for layer in range(layers):
@@ -74,15 +70,6 @@ def match(output: ModelOutput, targets: Targets, weights: LossWeights, randoms: 
     both = torch.from_numpy(np.stack([np.concatenate(p, axis=1) for p in pairs])).to(device)
     owner = torch.repeat_interleave(torch.tensor(counts)).to(device)
     return Matches(counts, owner, both[:, 0], both[:, 1])
-
-
-def _chunks(counts: list[int], per_item: int) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive queries whose logits fit the budget; ranges without any target are left out."""
-    step = max(1, CHUNK // max(1, per_item))
-    for first in range(0, len(counts), step):
-        last = min(first + step, len(counts))
-        if sum(counts[first:last]):
-            yield first, last
 
 
 class _Source:
@@ -118,9 +105,12 @@ class _Source:
         layers, items, queries = logits.shape[:3]
         coords = self.coords[:, first : first + items].flatten(0, 1)
         item = torch.arange(first, first + items, device=rows.device).repeat(layers)
-        pixels = self.targets.at(rows.repeat(layers, 1), item, coords)
-        cost = pair_costs(sample_logits(logits.flatten(0, 1), coords), pixels, self.weights)
-        return cost.view(layers, items, queries, -1)
+        rows, logits = rows.repeat(layers, 1), logits.flatten(0, 1)
+        parts = [
+            pair_costs(sample_logits(logits[c], coords[c]), self.targets.at(rows[c], item[c], coords[c]), self.weights)
+            for c in chunks(len(logits), queries * self.weights.num_points, logits.device)
+        ]
+        return torch.cat(parts).view(layers, items, queries, -1)
 
     def _dense(self, logits: Tensor, rows: Tensor, first: int) -> Tensor:
         layers, items, queries = logits.shape[:3]

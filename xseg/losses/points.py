@@ -15,6 +15,15 @@ Draw = Callable[[str, int, int, tuple[int, ...]], Tensor]
 the decoder prediction (0 = initial queries), item the query of the batch."""
 Randoms = Draw | torch.Generator
 """Recorded or keyed randoms, or a generator on the device of the logits."""
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Most values sampled at once. On a CPU larger buffers are mapped anew for every operation, which costs more than the
+operation; on a GPU few large kernels are better."""
+
+
+def chunks(rows: int, per_row: int, device: torch.device) -> list[slice]:
+    """Cut ``rows`` rows of ``per_row`` values each into slices within the budget, one row at least."""
+    step = max(1, CHUNK.get(device.type, 2**26) // max(1, per_row))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def generator(device: torch.device | str, *key: int) -> torch.Generator:
@@ -44,19 +53,25 @@ def sample_logits(logits: Tensor, coords: Tensor) -> Tensor:
 @torch.no_grad()
 def sample_masks(masks: Tensor, rows: Tensor, coords: Tensor) -> Tensor:
     """Bilinear values of (M, S, S) uint8 masks, read by gather: rows (G, m) at (G, P, 2) -> (G, m, P) float32."""
+    out = coords.new_zeros(*rows.shape, coords.shape[1])
+    for part in chunks(len(rows), rows.shape[1] * coords.shape[1], coords.device):
+        _add_taps(out[part], masks, rows[part], coords[part])
+    return out
+
+
+def _add_taps(out: Tensor, masks: Tensor, rows: Tensor, coords: Tensor) -> None:
     height, width = masks.shape[-2:]
     x, y = (coords * coords.new_tensor([width, height]) - 0.5).unbind(-1)
     left, top = x.floor(), y.floor()
     base = (rows * (height * width))[..., None]
     flat = masks.reshape(-1)
-    out = x.new_zeros(*rows.shape, x.shape[-1])
     for column in (left, left + 1):
         for row in (top, top + 1):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
             index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            out.addcmul_(flat[base + index[:, None]].float(), weight[:, None])
-    return out
+            values = flat.index_select(0, (base + index[:, None]).flatten()).view_as(out)
+            out.addcmul_(values, weight[:, None])
 
 
 @torch.no_grad()
@@ -65,6 +80,10 @@ def uncertain_points(logits: Tensor, candidates: Tensor, remainder: Tensor, num_
 
     As many candidates are kept as ``remainder`` (R, P'', 2) leaves of ``num_points``. Returns (R, num_points, 2).
     """
-    doubt = -sample_logits(logits[:, None], candidates)[:, 0].abs()
-    kept = doubt.topk(num_points - remainder.shape[1], dim=1).indices
-    return torch.cat([candidates.gather(1, kept[..., None].expand(-1, -1, 2)), remainder], dim=1)
+    wanted = num_points - remainder.shape[1]
+    kept = torch.empty(len(logits), wanted, 2, device=logits.device)
+    for part in chunks(len(logits), candidates.shape[1], logits.device):
+        doubt = sample_logits(logits[part, None], candidates[part])[:, 0].abs()
+        nearest = doubt.topk(wanted, dim=1, largest=False, sorted=False).indices
+        kept[part] = candidates[part].gather(1, nearest[..., None].expand(-1, -1, 2))
+    return torch.cat([kept, remainder], dim=1)
