@@ -1,0 +1,96 @@
+"""What a run tells: metrics.jsonl, one line per logged step, and a progress bar with the rate and the time left."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+QUIET_SECONDS = 15.0
+"""Without a terminal, a line is printed at most this often."""
+
+
+class MetricsFile:
+    """``metrics.jsonl`` of a run; a resumed run goes on after the line of its checkpoint."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        """Drop the lines after ``step`` (a killed run wrote them after its last checkpoint, the last maybe half)."""
+        self.path = out / FILE
+        kept = [line for line in _lines(self.path) if _step(line) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
+        temporary.replace(self.path)
+        self.elapsed = float(json.loads(kept[-1]).get("elapsed_s", 0.0)) if kept else 0.0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line at once, so that a killed run keeps it."""
+        with self.path.open("a", encoding="utf8") as file:
+            file.write(json.dumps({k: _short(v) for k, v in record.items()}) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf8").splitlines() if path.exists() else []
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; silent where ``shown`` is False."""
+
+    def __init__(self, total: int, start: int, shown: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, disable=not (shown and terminal), dynamic_ncols=True, unit="step")
+        self.lines = shown and not terminal
+        self.total, self.start, self.begin, self.last = total, start, time.monotonic(), float("-inf")
+
+    def update(self, step: int, record: Mapping[str, Any]) -> None:
+        """Show the record of the finished step ``step`` (1-based)."""
+        figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_s']:.1f} images/s"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if self.lines and (now - self.last > QUIET_SECONDS or step == self.total):
+            self.last = now
+            left = (now - self.begin) / max(step - self.start, 1) * (self.total - step)
+            print(f"step {step}/{self.total}  {figures}  {left / 60:.1f} min left", flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self.bar.close()
+
+
+class Console:
+    """The log call of the loop: rank 0 writes metrics.jsonl and shows the progress; the other ranks do nothing."""
+
+    def __init__(self, out: Path, sources: Sequence[str], start: int, total: int, shown: bool) -> None:
+        self.shown, self.sources = shown, sources
+        self.progress = Progress(total, start, shown)
+        self.begin = time.monotonic()
+        if shown:
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = MetricsFile(out, start)
+            self.begin -= self.file.elapsed
+
+    def log(self, step: int, figures: Mapping[str, Any], source: int, seconds: float, *, write: bool) -> None:
+        """Record the finished step ``step`` (1-based); ``figures`` hold at least loss, lr and images."""
+        if not self.shown:
+            return
+        record = {"step": step, **figures, "source": self.sources[source]}
+        record["images_per_s"] = record.pop("images") / seconds
+        record["elapsed_s"] = time.monotonic() - self.begin
+        if write:
+            self.file.write(record)
+        self.progress.update(step, record)

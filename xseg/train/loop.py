@@ -1,0 +1,156 @@
+"""The training loop: one function from a stage to ``out/final``, with every step of it in plain sight."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from xseg.data.loader import loader
+from xseg.data.mixture import Plan
+from xseg.errors import UserError
+from xseg.losses.criterion import Criterion
+from xseg.losses.points import generator
+from xseg.train import assemble, launch, optim, state
+from xseg.train.export import export
+from xseg.train.log import Console
+from xseg.train.stage import Stage
+from xseg.types import Batch
+
+TERMS = ("lm", "class", "mask", "dice", "pixel_class", "aux")
+"""Loss terms of metrics.jsonl; "aux" is the sum over the earlier predictions of the decoder."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs, after accelerate has prepared it."""
+
+    acc: Accelerator
+    model: Any
+    optimizer: Any
+    criterion: Criterion
+    seed: int
+    clip: float
+    precision: launch.Precision
+    num_queries: int
+    """Object queries N of the decoder; 0 without one."""
+
+    def step(self, step: int, micros: Sequence[Batch]) -> dict[str, float]:
+        """Do optimiser step ``step`` (0-based) on this rank's micro-batches; return figures of the global batch.
+
+        Everything random depends on (seed, step, rank, micro-batch) alone, so a resumed run draws the same.
+        """
+        acc, rank = self.acc, self.acc.process_index
+        pixels = torch.bfloat16 if self.precision == "bf16" else None
+        micros = [batch.to(acc.device, pixels) for batch in micros]
+        totals = self._totals(micros)
+        sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=acc.device)
+        norm = 0.0
+        torch.manual_seed(int(generator("cpu", self.seed, step, rank).initial_seed()))
+        for number, batch in enumerate(micros):
+            draw = generator(acc.device, self.seed, step, rank, number)
+            with acc.accumulate(self.model):
+                with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
+                    output = self.model(batch)
+                losses = self.criterion(output, batch, totals=totals[:-1], draw=draw)
+                # The frameworks average over ranks and micro-batches; the criterion's shares are to be added.
+                acc.backward(losses.total * (acc.num_processes * len(micros)))
+                if acc.sync_gradients:
+                    norm = self._update()
+            sums += _sums(losses.terms, losses.total.detach())
+        figures = acc.reduce(sums, "sum").tolist()
+        terms = {name: value for name, value in zip(TERMS, figures[1:], strict=True) if value}
+        if not math.isfinite(figures[0]):
+            keys = ", ".join(key for batch in micros for key in batch.keys)
+            raise FloatingPointError(f"step {step + 1}: loss is {figures[0]}; samples of this rank: {keys}")
+        return {"loss": figures[0], **terms, "grad_norm": norm, "images": totals[-1].item()}
+
+    def _totals(self, micros: Sequence[Batch]) -> torch.Tensor:
+        """Counts of the global batch: those of the criterion, then images. One all-reduce a step."""
+        counts = sum(self.criterion.totals(batch, self.num_queries) for batch in micros)
+        assert isinstance(counts, torch.Tensor)
+        seen = counts.new_tensor([sum(len(b.geometry) for b in micros)])
+        return self.acc.reduce(torch.cat([counts, seen]), "sum")
+
+    def _update(self) -> float:
+        """Clip, step and clear; DeepSpeed did all of it in ``backward``. Returns the gradient norm before clipping."""
+        if self.acc.distributed_type == DistributedType.DEEPSPEED:
+            return float(self.model.get_global_grad_norm() or 0.0)
+        norm = self.acc.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+def _sums(terms: Mapping[str, torch.Tensor], total: torch.Tensor) -> torch.Tensor:
+    values = {name: total.new_zeros(()) for name in TERMS}
+    for name, value in terms.items():
+        key = name if name in TERMS else "aux"
+        values[key] = values[key] + value
+    return torch.stack([total, *(values[name] for name in TERMS)]).double()
+
+
+def train(stage: Stage, resume: bool) -> None:
+    """Train a stage from its recipe to ``out/final``.
+
+    Raises UserError for everything the user can mend; files and recipes are checked before the model is built.
+    """
+    recipe = stage.recipe
+    data = assemble.load_data(stage)
+    criterion = assemble.criterion(stage, data)
+    precision = launch.choose_precision(recipe)
+    acc = launch.accelerator(recipe, precision)
+    plan = assemble.plan(stage, data, acc.num_processes)
+    model, report = assemble.build(stage, data)
+    selections = optim.select(model, recipe.trainable)
+    acc.print(optim.table(model, selections), report, sep="\n", flush=True)
+    optimizer = optim.adamw(model, selections, recipe.betas)
+    num_queries = assemble.num_queries(model)
+    model, optimizer = acc.prepare(model.train(), optimizer)
+    trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries)
+    with own_trouble(acc.process_index):
+        run(trainer, stage, plan, data, resume)
+        export(acc, model, stage, data.processor, report)
+    launch.finish(acc)
+
+
+def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume: bool) -> None:
+    """Do the steps that are left, with the three things that happen between them: rate, log, save."""
+    recipe, acc, out = stage.recipe, trainer.acc, stage.out
+    steps = recipe.steps or max(1, round(recipe.epochs * plan.steps_per_epoch))
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    start, resolved = 0, stage.resolved()
+    found = state.newest(acc, out) if resume else None
+    if found is not None:
+        start = state.restore(acc, found, resolved)
+        acc.print(f"resumed from {found}", flush=True)
+    batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
+    console = Console(out, assemble.names(stage), start, steps, acc.is_main_process)
+    for step in range(start, steps):
+        clock = time.monotonic()
+        micros = next(batches)
+        waited = time.monotonic() - clock
+        factor = optim.factor(step, steps, recipe.schedule)
+        optim.set_rates(trainer.optimizer, rates, factor)
+        figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
+        last, source = step + 1 == steps, plan.batch(step)[0][0][0].dataset
+        seconds = time.monotonic() - clock
+        console.log(step + 1, figures, source, seconds, write=last or (step + 1) % recipe.log_every == 0)
+        if last or (step + 1) % recipe.save_every == 0:
+            state.save(acc, out, step + 1, resolved, recipe.keep_checkpoints)
+    console.progress.close()
+
+
+@contextmanager
+def own_trouble(rank: int) -> Iterator[None]:
+    """Mark errors that one rank may meet alone, so that this rank tells them."""
+    try:
+        yield
+    except UserError as error:
+        error.add_note(f"on rank {rank}")
+        raise

@@ -1,0 +1,99 @@
+"""A stage read from YAML, with everything that can be checked before a heavy library is imported."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xseg.config import FOLDERS, Mixture, ModelRecipe, StageRecipe, decode, find, load_recipe, merge, read_yaml
+from xseg.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The decoded recipes of one training run."""
+
+    recipe: StageRecipe
+    model: ModelRecipe
+    """With ``model_overrides`` laid over it."""
+    mixture: Mixture
+    folder: Path
+    """Where the stage's file lies; names in it are looked up there too."""
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.out).expanduser()
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything the run is a function of, as plain data; names are replaced by what they stood for."""
+        fields = self.recipe.model_dump(mode="json", by_alias=True)
+        names = {"model": self.model.model_dump(mode="json"), "mixture": self.mixture.model_dump(mode="json")}
+        return {k: v for k, v in (fields | names).items() if k != "model_overrides"}
+
+
+def read_stage(name: str, overrides: Sequence[str] = ()) -> Stage:
+    """Find and check a stage and the recipes it names. Raises UserError for whatever is wrong in them."""
+    folder = find(name, FOLDERS[StageRecipe]).parent
+    recipe = load_recipe(StageRecipe, name, overrides)
+    path = find(recipe.model, FOLDERS[ModelRecipe], beside=folder)
+    model = decode(ModelRecipe, merge(read_yaml(path), recipe.model_overrides), str(path))
+    mixture = recipe.mixture
+    if isinstance(mixture, str):
+        mixture = load_recipe(Mixture, mixture, beside=folder)
+    _check(recipe, name)
+    return Stage(recipe, model, mixture, folder)
+
+
+def _check(recipe: StageRecipe, where: str) -> None:
+    for group in recipe.trainable:
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise UserError(f"{where}: trainable: match: {group.match!r} is no regular expression: {error}") from error
+    for earlier in recipe.init_from:
+        if not (Path(earlier).expanduser() / "config.json").is_file():
+            raise UserError(
+                f"{where}: init_from: {earlier!r}: no model there (looked for config.json); it must be the `final` "
+                "folder of an earlier stage: run that one first, or give its folder: --set init_from='[DIR/final]'"
+            )
+    for key in ("batch_size", "accumulate", "log_every", "save_every", "keep_checkpoints"):
+        if getattr(recipe, key) < 1:
+            raise UserError(f"{where}: {key} = {getattr(recipe, key)}: must be at least 1")
+    if (recipe.steps is None and recipe.epochs <= 0) or (recipe.steps is not None and recipe.steps < 1):
+        raise UserError(f"{where}: steps = {recipe.steps}, epochs = {recipe.epochs}: the run needs at least one step")
+
+
+def check_fresh(stage: Stage, resume: bool) -> None:
+    """Raise UserError when the run's folder holds an earlier run that nobody asked to continue."""
+    done = sorted(p.name for p in (stage.out / "checkpoints").glob("step_*"))
+    if done and not resume:
+        raise UserError(
+            f"out = {stage.recipe.out}: holds an earlier run ({', '.join(done)}), and a new one would overwrite it; "
+            "add --resume auto to continue it, or give another folder with --set out=DIR"
+        )
+
+
+def check_compiler() -> None:
+    """Raise UserError when DeepSpeed cannot compile its small CPU operator; torch honours ``CXX`` the same way.
+
+    ninja is also looked for beside the Python that runs, where pip puts it without an activated environment.
+    """
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"no C++ compiler {compiler!r} on PATH, and DeepSpeed on CPU compiles one small operator: install one "
+            "(Debian: apt-get install g++; or set CXX), or use --config_file train_stages/accelerate/single.yaml"
+        )
+    if shutil.which("ninja") is None:
+        raise UserError(
+            "no 'ninja' on PATH, and DeepSpeed on CPU compiles one small operator with it: pip install ninja, or use "
+            "--config_file train_stages/accelerate/single.yaml"
+        )
