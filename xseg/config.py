@@ -152,6 +152,8 @@ class StageRecipe(Recipe):
     jitter: tuple[float, float] | None = None
     """Large-scale jitter: factor range on the canvas side, then a centre crop (stage 1: 0.1 to 2.0)."""
     gradient_checkpointing: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """"auto": bf16 where the processor has instructions for it. The loss is always computed in fp32."""
     num_workers: int = 4
     seed: int = 1024
     log_every: int = 1
