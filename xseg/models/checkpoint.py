@@ -1,0 +1,179 @@
+"""Save, load and overlay weights; every file is read against a strict report."""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xseg.errors import UserError
+from xseg.models import key_maps
+from xseg.models.configuration import XSegConfig
+from xseg.models.xseg import XSegModel
+
+SHOWN = 8
+
+
+@dataclass
+class LoadReport:
+    """What a source gave to a model; ``str()`` prints it part by part."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    """Parameters of the model that the source does not have."""
+    unexpected: list[str] = field(default_factory=list)
+    """Tensors of the source that the model has no place for."""
+    mismatched: list[str] = field(default_factory=list)
+    """``name: shape in the source, shape in the model``."""
+
+    def __str__(self) -> str:
+        lines = [self.source]
+        for title in ("loaded", "fresh", "unexpected", "mismatched"):
+            parts: dict[str, list[str]] = defaultdict(list)
+            for name in getattr(self, title):
+                parts[".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])].append(name)
+            for part, names in sorted(parts.items()):
+                few = "" if title == "loaded" else ": " + ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
+                lines.append(f"  {title:10} {len(names):5} {part}{few}")
+        return "\n".join(lines)
+
+
+def save(model: XSegModel, folder: str | Path) -> None:
+    """Write config and safetensors; the folder appears whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        if folder.exists():
+            shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=_written_by(partial))
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: cannot save the model: {error}; nothing was written there") from error
+
+
+def _written_by(partial: Path) -> "object":
+    new = {p.name for p in partial.iterdir()}
+
+    def skip(folder: str, names: list[str]) -> set[str]:
+        old_weights = {n for n in names if n.endswith(".safetensors") or n.endswith(".safetensors.index.json")}
+        return (new & set(names)) | old_weights
+
+    return skip
+
+
+def load(folder: str | Path) -> XSegModel:
+    """Open a folder that ``save`` wrote. Raises UserError when it holds no whole xseg model."""
+    folder = Path(folder)
+    read_config(folder)
+    model, info = XSegModel.from_pretrained(folder, output_loading_info=True)
+    faults = [f"{k}: {', '.join(sorted(map(str, v))[:SHOWN])}" for k, v in info.items() if v and "keys" in k]
+    if faults:
+        raise UserError(f"{folder}: weights do not fit their own config.json ({'; '.join(faults)}); save it again")
+    return model
+
+
+def read_config(folder: Path) -> XSegConfig:
+    """The configuration beside a checkpoint. Raises UserError for a missing one, or one of another architecture."""
+    path = folder / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read it ({error}); name a folder that training or import wrote") from error
+    kind = stored.get("model_type")
+    if kind != XSegConfig.model_type:
+        raise UserError(
+            f"{path}: model_type = {kind!r}: only '{XSegConfig.model_type}' folders open here; convert a released "
+            "X-SAM checkpoint with `xseg import x-sam`, and name other language models in a model recipe under llm"
+        )
+    return XSegConfig.from_pretrained(folder)
+
+
+def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]:
+    """Lay earlier stages over a model, in order, and report each.
+
+    A tensor with no place or another shape is an error, but for parts that this stage replaces: the class head of
+    another kind and parts that are not built here.
+    """
+    reports = []
+    for folder in folders:
+        read_config(Path(folder))
+        report = assign(model, read_weights(Path(folder)), str(folder))
+        kept = [n for n in report.unexpected if not _replaced(model, n)]
+        if kept or report.mismatched:
+            raise UserError(
+                f"{folder}: does not fit this model: the sizes in both stages must agree. Use the model recipe that "
+                f"made it.\n{report}"
+            )
+        reports.append(report)
+    return reports
+
+
+def _replaced(model: XSegModel, name: str) -> bool:
+    here = {key_maps.part_of(n) for n in model.state_dict()}
+    return key_maps.part_of(name) not in here or name.startswith(("segmentor.class_head.", "segmentor.pixel_class"))
+
+
+def assign(model: XSegModel, state: Mapping[str, Tensor], source: str) -> LoadReport:
+    """Copy every tensor that has a place of the same shape, and report the rest."""
+    own, report = model.state_dict(), LoadReport(source)
+    report.fresh = [n for n in own if n not in state]
+    fits = {}
+    for name, value in state.items():
+        if name not in own:
+            report.unexpected.append(name)
+        elif own[name].shape != value.shape:
+            report.mismatched.append(f"{name}: {tuple(value.shape)} there, {tuple(own[name].shape)} here")
+        else:
+            report.loaded.append(name)
+            fits[name] = value
+    model.load_state_dict(fits, strict=False)
+    return report
+
+
+def load_official(model: XSegModel, state: Mapping[str, Tensor], source: str = "X-SAM checkpoint") -> LoadReport:
+    """Load a released X-SAM state (branch main or archive). Raises UserError when a shape differs."""
+    renamed = key_maps.from_official(state, model)
+    report = assign(model, renamed, source)
+    if report.mismatched:
+        raise UserError(f"{source}: sizes differ from the model recipe\n{report}")
+    return report
+
+
+def load_part(model: XSegModel, part: str, folder: Path) -> LoadReport:
+    """Load SAM's or SigLIP's image encoder from a folder in transformers' layout, whole model or vision tower."""
+    state = key_maps.vision_tower(read_weights(folder), part)
+    report = assign(model, state, str(folder))
+    prefix = key_maps.PART_PREFIX[part]
+    report.fresh = [n for n in report.fresh if n.startswith(prefix) and ".neck." not in n and ".head." not in n]
+    if report.mismatched or report.unexpected or report.fresh:
+        raise UserError(f"{part}.pretrained: {folder} is no {part} encoder of these sizes\n{report}")
+    return report
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder or file: safetensors, or a .bin that holds nothing but tensors."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors (or *.bin) in it: name the folder that holds the weights")
+    state: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            is_safe = path.suffix == ".safetensors"
+            part = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+            raise UserError(f"{path}: damaged or cut short ({error}); copy it again") from error
+        # Training frameworks wrap the state.
+        for wrapper in ("state_dict", "module", "model"):
+            part = part[wrapper] if isinstance(part.get(wrapper), dict) else part
+        state |= part
+    return state

@@ -1,0 +1,112 @@
+"""Sizes and choices of a model, in transformers' form: one XSegConfig with a sub-config for each part that is built."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SamVisionConfig, SiglipVisionConfig
+
+from xseg.errors import UserError, did_you_mean
+
+
+class SamConfig(SamVisionConfig):
+    """SAM's image encoder. ``stem``: "patch" (SAM's one convolution) or "residual" (three, for models from scratch)."""
+
+    model_type = "xseg_sam"
+    base_config_key = "sam_config"
+
+    stem: str = "patch"
+    # The library's own default (1e-10) is for loading only: a model trained from scratch would start at zero.
+    initializer_range: float = 0.02
+
+
+class SegmentorConfig(PreTrainedConfig):
+    """Connector, pixel decoder, mask decoder and class head (X-SAM sections 3.2 and 3.3)."""
+
+    model_type = "xseg_segmentor"
+    base_config_key = "segmentor_config"
+
+    width: int = 256
+    """Channels of pixel decoder, mask features, queries and concept vectors."""
+    connector_layers: list[int] | None = None
+    """SAM hidden states that are read, one per level (0 = patch embedding); None = at a half, three quarters, end."""
+    connector_scales: list[float] | None = None
+    """Size of each level relative to SAM's grid, high resolution first; None = 2, 1, 0.5."""
+    connector_width: int = 512
+    pixel_decoder: str = "deformable"
+    """"deformable" (Mask2Former) or "fpn" (top-down convolutions, for small models on CPU)."""
+    pixel_layers: int = 6
+    pixel_ffn: int = 1024
+    num_queries: int = 200
+    decoder_layers: int = 9
+    heads: int = 8
+    ffn: int = 2048
+    head: str = "concepts"
+    """"concepts" (cosine to concept vectors and a background vector) or "labels" (linear, stage 1)."""
+    num_labels: int = 0
+    """Classes of the linear head and of the pixel classifier, background not counted."""
+    logit_clamp: float = 500.0
+    """Class logits are clamped to plus and minus this."""
+    pad_logit: float = -1e9
+    """Class logit of a column that is padding."""
+    pixel_classifier: bool = False
+    """A 1x1 convolution on the mask features that names every pixel, for the dense class loss."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.connector_scales = self.connector_scales or [2.0, 1.0, 0.5]
+        # The base class derives ``num_labels`` from a label table; here it is a plain number.
+        kwargs["num_labels"] = self.num_labels
+        super().__post_init__(**kwargs)
+
+
+class XSegConfig(PreTrainedConfig):
+    """A whole model. A sub-config that is None means that the part is not built."""
+
+    model_type = "xseg"
+    sub_configs = {  # noqa: RUF012 (transformers declares it so)
+        "sam_config": SamConfig,
+        "siglip_config": SiglipVisionConfig,
+        "text_config": AutoConfig,
+        "segmentor_config": SegmentorConfig,
+    }
+
+    sam_config: dict | PreTrainedConfig | None = None
+    siglip_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    segmentor_config: dict | PreTrainedConfig | None = None
+    sam_layer: int = -2
+    """SAM hidden state that the language model reads."""
+    siglip_layer: int = -2
+    """SigLIP hidden state that the language model reads."""
+    sam_shuffle: int = 2
+    """Side of the block of SAM cells that become one row of the language model."""
+    region_points: int = 256
+    """Points sampled inside a visual prompt."""
+    seg_token_id: int = -1
+    p_open_token_id: int = -1
+    p_close_token_id: int = -1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.sam_config = _sub(SamConfig, self.sam_config)
+        self.siglip_config = _sub(SiglipVisionConfig, self.siglip_config)
+        self.segmentor_config = _sub(SegmentorConfig, self.segmentor_config)
+        if isinstance(self.text_config, dict):
+            kind = self.text_config.get("model_type", "phi3")
+            if kind not in CONFIG_MAPPING:
+                raise UserError(f"llm.model_type = {kind!r}: transformers has none{did_you_mean(kind, CONFIG_MAPPING)}")
+            self.text_config = AutoConfig.for_model(**{"model_type": kind, **self.text_config})
+        super().__post_init__(**kwargs)
+
+    @property
+    def width(self) -> int:
+        """Columns of a row of the language model."""
+        return int(self.text_config.hidden_size)  # type: ignore[union-attr]
+
+
+def _sub(kind: type[PreTrainedConfig], value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    if not isinstance(value, dict):
+        return value
+    known = set(kind().to_dict()) | {"model_type", "attn_implementation"}
+    for key in value:
+        # Private and library-wide keys come with every saved config.
+        if key not in known and not key.startswith("_"):
+            raise UserError(f"{kind.base_config_key}: unknown key '{key}'{did_you_mean(key, known)}")
+    return kind(**value)

@@ -1,0 +1,108 @@
+"""SAM's image encoder from transformers, without its neck, returning the hidden states that are asked for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
+
+from xseg.errors import UserError
+from xseg.models.configuration import SamConfig
+
+STEM_PATCH = 8
+
+
+class SamEncoder(SamVisionEncoder):
+    """(I, 3, S, S) pixels -> hidden states, each (I, g, g, C) with g = S / patch size; 0 = patch embedding.
+
+    The neck exists so that SAM's files load whole; it is never computed and stays frozen.
+    """
+
+    config: SamConfig
+
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__(config)
+        if config.stem == "residual":
+            self.patch_embed = ResidualStem(config)
+        elif config.stem != "patch":
+            raise UserError(f"sam.stem = {config.stem!r}: write 'patch' or 'residual'")
+        for layer in self.layers:
+            layer.attn = RelativeAttention(config, layer.window_size)
+        self.neck.requires_grad_(False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.pos_embed is not None:
+            init.trunc_normal_(self.pos_embed, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:  # type: ignore[override]
+        """Return hidden states ``layers`` (negative counts from the end), in that order; later blocks do not run."""
+        count = len(self.layers) + 1
+        wanted = [layer % count for layer in layers]
+        hidden = self._patches(pixels)
+        # A crop of the grid is enough for the small pictures that only keep the gradients of unused parts alive.
+        hidden = hidden + self.pos_embed[:, : hidden.shape[1], : hidden.shape[2]]
+        states = {0: hidden}
+        for number, layer in enumerate(self.layers[: max(wanted)], start=1):
+            hidden = layer(hidden)
+            if number in wanted:
+                states[number] = hidden
+        return [states[number] for number in wanted]
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.patch_embed, ResidualStem):
+            return self.patch_embed(pixels)
+        return self.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+
+
+class RelativeAttention(SamVisionSdpaAttention):
+    """SAM attention through sdpa; the table of relative positions is read on the device and not resized needlessly."""
+
+    def get_rel_pos(self, q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
+        """(q_size, k_size, head width) relative position vectors."""
+        length = 2 * max(q_size, k_size) - 1
+        if len(rel_pos) != length:
+            rel_pos = F.interpolate(rel_pos.T[None], size=length, mode="linear")[0].T
+        places = torch.arange(q_size, device=rel_pos.device)
+        return rel_pos[places[:, None] - places[None, :] + q_size - 1]
+
+
+class ResidualStem(nn.Module):
+    """Three strided convolutions with residual pairs between them, for a patch of 8: sharper edges from scratch."""
+
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__()
+        if config.patch_size != STEM_PATCH:
+            raise UserError(f"sam.stem = 'residual' needs sam.patch_size = {STEM_PATCH}, not {config.patch_size}")
+        width = config.hidden_size
+        self.half = nn.Conv2d(config.num_channels, width // 4, 3, stride=2, padding=1)
+        self.quarter = nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1)
+        self.quarter_blocks = nn.ModuleList(ResidualPair(width // 2) for _ in range(2))
+        self.eighth = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
+        self.eighth_block = ResidualPair(width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(I, 3, S, S) -> (I, S/8, S/8, C)."""
+        x = self.quarter(F.gelu(self.half(pixels)))
+        for block in self.quarter_blocks:
+            x = block(x)
+        return self.eighth_block(self.eighth(F.gelu(x))).permute(0, 2, 3, 1)
+
+
+class ResidualPair(nn.Module):
+    """Two 3x3 convolutions with group norms, added to their input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(I, C, h, w) -> the same shape."""
+        return x + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))

@@ -1,0 +1,53 @@
+"""SAM encoder, connector, pixel decoder, mask decoder and class head: what stage 1 trains."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from xseg.errors import UserError
+from xseg.models.class_head import ConceptHead, LabelHead
+from xseg.models.configuration import SamConfig, SegmentorConfig
+from xseg.models.connector import Connector
+from xseg.models.mask_decoder import Groups, MaskDecoder
+from xseg.models.pixel_decoder import DeformablePixelDecoder, FpnPixelDecoder
+from xseg.models.sam import SamEncoder
+
+PIXEL_DECODERS = {"deformable": DeformablePixelDecoder, "fpn": FpnPixelDecoder}
+HEADS = {"concepts": ConceptHead, "labels": LabelHead}
+
+
+class Segmentor(nn.Module):
+    """``config=None`` builds the SAM encoder alone (stage 2)."""
+
+    def __init__(self, sam: SamConfig, config: SegmentorConfig | None) -> None:
+        super().__init__()
+        self.sam = SamEncoder(sam)
+        self.config = config
+        self.layers: list[int] = []
+        if config is None:
+            return
+        for field, known in (("pixel_decoder", PIXEL_DECODERS), ("head", HEADS)):
+            if getattr(config, field) not in known:
+                raise UserError(f"segmentor.{field} = {getattr(config, field)!r}: write one of {', '.join(known)}")
+        depth = sam.num_hidden_layers
+        self.layers = config.connector_layers or [depth // 2, depth * 3 // 4, depth]
+        self.connector = Connector(sam.hidden_size, config.connector_width, config.connector_scales)
+        self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder](config, self.connector.channels)
+        self.mask_decoder = MaskDecoder(config)
+        self.class_head = HEADS[config.head](config)
+        if config.pixel_classifier:
+            self.pixel_classifier = nn.Conv2d(config.width, config.num_labels + 1, 1)
+
+    def maps(self, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """SAM hidden states of ``layers`` -> mask features (I, D, h, w), maps for the mask decoder."""
+        return self.pixel_decoder(self.connector(states))
+
+    def decode(
+        self, maps: tuple[Tensor, list[Tensor]], seg: Tensor | None, concepts: Tensor, real: Tensor, groups: Groups
+    ) -> tuple[Tensor, Tensor]:
+        """Q queries with ``<SEG>`` (Q, D) and concepts (Q, K + 1, D), of which ``real`` (Q, K + 1) count.
+
+        Returns mask logits (L, Q, N, h, w) and class logits (L, Q, N, K + 1), float32.
+        """
+        states, masks = self.mask_decoder(maps[0], maps[1], seg, groups)
+        return masks, self.class_head(states, concepts, real)

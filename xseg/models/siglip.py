@@ -1,0 +1,27 @@
+"""SigLIP and SigLIP2 (fixed resolution) from transformers, stopped at the hidden state that is read."""
+
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+
+class SiglipEncoder(SiglipVisionModel):
+    """(I, 3, s, s) pixels -> (I, patches, C): hidden state ``layer``, without the final norm (X-SAM: -2).
+
+    The blocks behind it, the final norm and the pooling head exist so that SigLIP's files load whole; they are never
+    computed and stay frozen.
+    """
+
+    def __init__(self, config: SiglipVisionConfig, layer: int) -> None:
+        super().__init__(config)
+        self.depth = layer % (config.num_hidden_layers + 1)
+        unread = [*self.encoder.layers[self.depth :], self.post_layernorm, *([self.head] if self.use_head else [])]
+        for module in unread:
+            module.requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        """See the class. Pictures of another size than the config's get interpolated positions."""
+        other = pixels.shape[-1] != self.config.image_size
+        hidden = self.embeddings(pixels, interpolate_pos_encoding=other)
+        for block in self.encoder.layers[: self.depth]:
+            hidden = block(hidden, None)
+        return hidden

@@ -1,0 +1,186 @@
+"""The composite model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from xseg.errors import UserError
+from xseg.models import generation, llm, touch
+from xseg.models.configuration import XSegConfig
+from xseg.models.initialise import initialise
+from xseg.models.mask_decoder import Groups
+from xseg.models.projector import Projector, unshuffle
+from xseg.models.region_sampler import sample_regions
+from xseg.models.segmentor import Segmentor
+from xseg.models.siglip import SiglipEncoder
+from xseg.models.splice import Layout
+from xseg.types import Batch, ModelOutput
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the encoders say about I images; a session keeps it. None = not computed or no such part."""
+
+    rows: Tensor | None
+    """(I, r, D) rows of the language model: SigLIP's first, then SAM's."""
+    cells: Tensor | None
+    """(I, h, w, D) the SAM rows as a map, for visual prompts."""
+    maps: tuple[Tensor, list[Tensor]] | None
+    """Mask features (I, d, h, w) and the maps for the mask decoder."""
+
+
+class XSegModel(PreTrainedModel):
+    """Text and images in, text and masks out (X-SAM section 3).
+
+    Steps of ``forward``:
+
+    1. ``encode_images``: SigLIP and SAM once per image; projectors make rows for the language model; connector and
+       pixel decoder make maps, if anything is asked.
+    2. ``read``: image and region rows take the places of their sentinels; the language model reads everything.
+    3. ``segment``: states at ``<SEG>`` and at spans are projected; the mask decoder and the class head answer all
+       queries of all images together.
+    4. Language logits, only where a label is.
+    5. In training, ``touch``: a zero that keeps the gradient of every unused part alive.
+    """
+
+    config_class = XSegConfig
+    base_model_prefix = "xseg"
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = ["SamVisionLayer", "SiglipEncoderLayer", "DecoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: XSegConfig) -> None:
+        super().__init__(config)
+        if config.sam_config is not None:
+            self.segmentor = Segmentor(config.sam_config, config.segmentor_config)
+        if config.siglip_config is not None:
+            self.siglip = SiglipEncoder(config.siglip_config, config.siglip_layer)
+        if config.text_config is not None:
+            self.llm = llm.build_llm(config.text_config)
+            if config.siglip_config is not None:
+                self.siglip_projector = Projector(config.siglip_config.hidden_size, config.width)
+            if config.sam_config is not None:
+                cell = config.sam_config.hidden_size * config.sam_shuffle**2
+                self.sam_projector = Projector(cell, config.width)
+        decoder = config.segmentor_config
+        if decoder is not None and decoder.head == "concepts":
+            self.background = nn.Parameter(torch.zeros(1, decoder.width))
+            if config.text_config is not None:
+                self.llm_projector = Projector(config.width, decoder.width)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module)
+        if module is self and hasattr(self, "background"):
+            init.normal_(self.background)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Answer a batch; see the class for the steps. Any part may be missing: text, images, queries."""
+        text, masks = batch.input_ids.shape[1] > 0, batch.max_queries > 0
+        features = self.encode_images(batch.llm_pixels, batch.mask_pixels, text=text, masks=masks)
+        layout, hidden = self.read(batch, features) if text else (None, None)
+        output = self.segment(batch, features, layout, hidden)
+        return touch.touched(self, output, features, hidden) if self.training else output
+
+    def encode_images(
+        self, llm_pixels: Tensor, mask_pixels: Tensor, *, text: bool = True, masks: bool = True
+    ) -> ImageFeatures:
+        """(I, 3, s, s) and (I, 3, S, S) pixels -> features; ``text`` and ``masks`` say what they are for."""
+        rows, cells, maps = [], None, None
+        text, masks = text and hasattr(self, "llm"), masks and self.config.segmentor_config is not None
+        if len(mask_pixels) == 0 or not (text or masks):
+            return ImageFeatures(None, None, None)
+        if text and hasattr(self, "siglip"):
+            rows.append(self.siglip_projector(self.siglip(llm_pixels.to(self.dtype))))
+        if hasattr(self, "segmentor"):
+            wanted = [self.config.sam_layer] * text + self.segmentor.layers * masks
+            states = self.segmentor.sam(mask_pixels.to(self.dtype), wanted)
+            if text:
+                cells = self.sam_projector(unshuffle(states.pop(0), self.config.sam_shuffle))
+                rows.append(cells.flatten(1, 2))
+            if masks:
+                maps = self.segmentor.maps(states)
+        return ImageFeatures(torch.cat([r.to(rows[-1].dtype) for r in rows], 1) if rows else None, cells, maps)
+
+    def read(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None = None) -> tuple[Layout, Tensor]:
+        """Splice and run the language model: where the tokens stand, and states (B, n, D) after its final norm."""
+        layout, rows = self.embed(batch, features, ranks)
+        return layout, llm.hidden_states(self.llm, rows, layout.mask)
+
+    def embed(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None = None) -> tuple[Layout, Tensor]:
+        """What the language model reads: (B, n, D). ``ranks`` are the points of ``sample_regions``."""
+        if not hasattr(self, "llm"):
+            raise UserError("this model has no language part but the batch has text: load a later stage, or drop it")
+        layout = Layout.of(batch, 0 if features.rows is None else features.rows.shape[1])
+        words = self.llm.get_input_embeddings()(batch.input_ids.clamp(min=0))
+        regions = None
+        if len(batch.prompt_image) and features.cells is not None:
+            points = self.config.region_points
+            regions = sample_regions(features.cells, batch.prompt_image, batch.prompt_mask, points, ranks)
+        return layout, layout.splice(batch, words, features.rows, regions)
+
+    def segment(
+        self, batch: Batch, features: ImageFeatures, layout: Layout | None, hidden: Tensor | None
+    ) -> ModelOutput:
+        """Decode all queries and, where a label is, all tokens. Without queries the mask fields have length 0."""
+        lm_logits, lm_labels = self._language(batch, layout, hidden)
+        decoder = self.config.segmentor_config
+        if batch.max_queries == 0 or decoder is None:
+            empty = [lm_logits.new_zeros(1, 0, 1, 1, 1), lm_logits.new_zeros(1, 0, 1, 1)]
+            return ModelOutput(*empty, lm_logits, lm_labels)
+        assert features.maps is not None, f"{batch.keys}: queries without an image"
+        row = batch.query_image * batch.max_queries + batch.query_slot
+        groups = Groups(row, len(features.maps[0]), batch.max_queries)
+        masks, classes = self.segmentor.decode(features.maps, *self.vectors(batch, layout, hidden), groups)
+        pixels = self.segmentor.pixel_classifier(features.maps[0]).float() if decoder.pixel_classifier else None
+        return ModelOutput(masks, classes, lm_logits, lm_labels, pixels)
+
+    def vectors(
+        self, batch: Batch, layout: Layout | None, hidden: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``<SEG>`` vectors (Q, d), concepts with background last (Q, K + 1, d), and which are real (Q, K + 1)."""
+        if self.config.segmentor_config.head == "labels":
+            return None, None, None
+        seg, own = None, self.background.new_zeros(*batch.query_concepts.shape, self.background.shape[1])
+        if layout is not None and hidden is not None:
+            sample, token = batch.seg_position.clamp(min=0).unbind(1)
+            rows = [hidden[sample, layout.start[sample, token]]]
+            if len(batch.concept_span):
+                place, real = layout.spans(batch.concept_span)
+                rows.append(hidden[batch.concept_span[:, :1], place].flatten(0, 1))
+            projected = self.llm_projector(torch.cat(rows))
+            seg = projected[: len(sample)] * (batch.seg_position[:, :1] >= 0)
+            if len(batch.concept_span):
+                states = projected[len(sample) :].float().unflatten(0, real.shape) * real[..., None]
+                concepts = states.sum(1) / real.sum(1, keepdim=True)
+                own = concepts[batch.query_concepts.clamp(min=0)]
+        background = self.background[None].expand(len(own), -1, -1).to(own.dtype)
+        real = batch.query_concepts >= 0
+        return seg, torch.cat((own, background), 1), torch.cat((real, real.new_ones(len(real), 1)), 1)
+
+    def _language(self, batch: Batch, layout: Layout | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        if layout is None or hidden is None:
+            return batch.mask_pixels.new_zeros(0, 1), batch.labels.new_zeros(0)
+        sample, row, labels = layout.supervised(batch)
+        return self.llm.get_output_embeddings()(hidden[sample, row]), labels
+
+    def generate(  # type: ignore[override]
+        self,
+        batch: Batch,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        features: ImageFeatures | None = None,
+        processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    ) -> Any:
+        """Answer greedily and segment what the answer asks for; see ``generation.generate``."""
+        return generation.generate(self, batch, (max_new_tokens, tuple(stop_ids)), features, processors)
