@@ -154,3 +154,18 @@ def test_the_cropped_canvas_is_a_window_of_the_whole(seed: int, height: int, wid
 def test_row_rle_reads_both_forms() -> None:
     as_map, as_rle = two_forms(3, 9, 12)
     assert M.row_rle(as_map, 1)["counts"] == M.row_rle(as_rle, 1)["counts"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), SIDES, SIDES, st.integers(1, 20))
+def test_many_overlapping_masks_stay_apart(seed: int, height: int, width: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    stack = (rng.random((count, height, width)) < 0.5).astype(np.uint8)
+    masks, g = Masks((height, width), tuple(M.encode_many(stack))), plan_view((height, width), 30, 1.5)
+    rows = rng.permutation(count).tolist()
+    for placed, row in zip(M.on_canvas(masks, rows, g), rows, strict=True):
+        alone = Image.fromarray(stack[row]).resize(g.scaled[::-1], Image.Resampling.NEAREST)
+        (top, left), wanted = g.offset, np.zeros((30, 30), np.uint8)
+        window = np.asarray(alone)[top : top + 30, left : left + 30]
+        wanted[: window.shape[0], : window.shape[1]] = window
+        assert (placed == wanted).all()

@@ -83,7 +83,7 @@ def mask_view(image: Image.Image, canvas: int, jitter_factor: float | None = Non
     (height, width), (top, left) = geometry.scaled, geometry.offset
     out = np.zeros((3, canvas, canvas), np.float32)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    if geometry.offset != (0, 0):
+    if max(height, width) > canvas:
         resized = resized.crop((left, top, min(left + canvas, width), min(top + canvas, height)))
     window = out[:, : min(canvas, height - top), : min(canvas, width - left)]
     _normalise(resized, window, IMAGENET_MEAN, IMAGENET_STD)
