@@ -7,6 +7,7 @@ Released sizes: 2 images with 15 and 12 masks, 10 predictions of 200 queries at 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -169,7 +170,10 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name:30s} {value:12.6g}")
     about = {
+        "claim": "forward and backward at least 2.5 times faster than Mask2FormerLoss, equal on the same random points",
         "command": " ".join(["python", "bench/criterion.py", *sys.argv[1:]]),
+        "cpu_count": os.cpu_count(),
+        "method": "medians of alternating runs, wall time",
         "pairs": args.pairs,
         "threads": args.threads,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),

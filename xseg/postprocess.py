@@ -22,11 +22,9 @@ CHUNK = 2**23
 """Most values in original pixels held at once (32 MiB in float32)."""
 
 
-def resize_matrix(low: int, canvas: int, scaled: int, original: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One axis of the way back: (scaled, low) from the grid to the used part of the canvas, (original, scaled) on."""
-    up = F.interpolate(torch.eye(low, device=device)[None], canvas, mode="linear")[0].T[:scaled]
-    down = F.interpolate(torch.eye(scaled, device=device)[None], original, mode="linear")[0].T
-    return up, down
+def _stretch(values: Tensor, size: int) -> Tensor:
+    """Bilinear resize along one axis: (from, k) -> (size, k)."""
+    return F.interpolate(values.T[None], size, mode="linear")[0].T
 
 
 class _Resize:
@@ -36,9 +34,11 @@ class _Resize:
         if g.offset != (0, 0) or max(g.scaled) > g.canvas:
             raise ValueError(f"{g}: a view cut by augmentation does not show the whole image, so there is no way back")
         self.size = g.original
-        self.up_y, self.down_y = resize_matrix(grid[0], g.canvas, g.scaled[0], g.original[0], device)
-        self.up_x, self.down_x = resize_matrix(grid[1], g.canvas, g.scaled[1], g.original[1], device)
-        self.y, self.x = self.down_y @ self.up_y, (self.down_x @ self.up_x).T.contiguous()
+        # (scaled, grid): from the mask grid to the part of the canvas that shows the image
+        self.up_y = _stretch(torch.eye(grid[0], device=device), g.canvas)[: g.scaled[0]]
+        self.up_x = _stretch(torch.eye(grid[1], device=device), g.canvas)[: g.scaled[1]]
+        self.y = _stretch(self.up_y, g.original[0])
+        self.x = _stretch(self.up_x, g.original[1]).T
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(n, h, w) -> (n, H, W)."""
@@ -134,9 +134,11 @@ def semantic(
     """
     resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
     classes = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
-    one = torch.eye(g.original[0], device=mask_logits.device)
-    up_y, down_y = (resize.up_y, resize.down_y) if average == "canvas" else (resize.y, one)
-    up_x = resize.up_x.T if average == "canvas" else resize.x
+    up_y, up_x = (resize.up_y, resize.up_x.T) if average == "canvas" else (resize.y, resize.x)
+    down_y, down_x = (
+        _stretch(torch.eye(len(up), device=mask_logits.device), size)
+        for up, size in ((up_y, g.original[0]), (up_x.T, g.original[1]))
+    )
     logits = mask_logits.float() @ up_x
     out = torch.zeros(g.original, dtype=torch.int32, device=mask_logits.device)
     wide = max(len(classes), len(mask_logits)) * max(up_x.shape[1], g.original[1])
@@ -148,7 +150,7 @@ def semantic(
         prob = (up_y[first:last] @ logits).sigmoid_()
         sums = (classes @ prob.flatten(1)).view(len(classes), last - first, -1)
         if average == "canvas":
-            sums = rows[:, first:last] @ (sums @ resize.down_x.T)
+            sums = rows[:, first:last] @ (sums @ down_x.T)
         out[top : top + step] = sums.argmax(0)
     return out.cpu().numpy()
 
