@@ -3,9 +3,10 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -61,7 +62,7 @@ def save(model: XSegModel, folder: str | Path) -> None:
         raise UserError(f"{folder}: cannot save the model: {error}; nothing was written there") from error
 
 
-def _written_by(partial: Path) -> "object":
+def _written_by(partial: Path) -> Callable[[str, list[str]], set[str]]:
     new = {p.name for p in partial.iterdir()}
 
     def skip(folder: str, names: list[str]) -> set[str]:
@@ -75,11 +76,12 @@ def load(folder: str | Path) -> XSegModel:
     """Open a folder that ``save`` wrote. Raises UserError when it holds no whole xseg model."""
     folder = Path(folder)
     read_config(folder)
-    model, info = XSegModel.from_pretrained(folder, output_loading_info=True)
+    opened: Any = XSegModel.from_pretrained(folder, output_loading_info=True)
+    model, info = opened
     faults = [f"{k}: {', '.join(sorted(map(str, v))[:SHOWN])}" for k, v in info.items() if v and "keys" in k]
     if faults:
         raise UserError(f"{folder}: weights do not fit their own config.json ({'; '.join(faults)}); save it again")
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def read_config(folder: Path) -> XSegConfig:

@@ -28,7 +28,7 @@ class SegmentorConfig(PreTrainedConfig):
     """Channels of pixel decoder, mask features, queries and concept vectors."""
     connector_layers: list[int] | None = None
     """SAM hidden states that are read, one per level (0 = patch embedding); None = at a half, three quarters, end."""
-    connector_scales: list[float] | None = None
+    connector_scales: Any = None
     """Size of each level relative to SAM's grid, high resolution first; None = 2, 1, 0.5."""
     connector_width: int = 512
     pixel_decoder: str = "deformable"
@@ -68,10 +68,11 @@ class XSegConfig(PreTrainedConfig):
         "segmentor_config": SegmentorConfig,
     }
 
-    sam_config: dict | PreTrainedConfig | None = None
-    siglip_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    segmentor_config: dict | PreTrainedConfig | None = None
+    # Dicts are turned into configs below; the base class would check a narrower annotation before that.
+    sam_config: Any = None
+    siglip_config: Any = None
+    text_config: Any = None
+    segmentor_config: Any = None
     sam_layer: int = -2
     """SAM hidden state that the language model reads."""
     siglip_layer: int = -2
@@ -98,7 +99,7 @@ class XSegConfig(PreTrainedConfig):
     @property
     def width(self) -> int:
         """Columns of a row of the language model."""
-        return int(self.text_config.hidden_size)  # type: ignore[union-attr]
+        return int(self.text_config.hidden_size)
 
 
 def _sub(kind: type[PreTrainedConfig], value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:

@@ -15,7 +15,7 @@ class Connector(nn.Module):
     def __init__(self, inputs: int, width: int, scales: Sequence[float]) -> None:
         super().__init__()
         self.levels = nn.ModuleList(Level(inputs, width, scale) for scale in scales)
-        self.channels = [level.channels for level in self.levels]
+        self.channels = [int(inputs / scale) for scale in scales]
 
     def forward(self, states: Sequence[Tensor]) -> list[Tensor]:
         """(I, g, g, C) hidden states, one per level -> feature maps."""
@@ -31,7 +31,6 @@ class Level(nn.Module):
             raise UserError(f"segmentor.connector_scales holds {scale}: a level is scaled by 2, 1 or 0.5")
         self.scale = scale
         out = int(inputs * scale)
-        self.channels = int(inputs / scale)
         self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), norm(width)
         self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
         self.conv3, self.norm3 = nn.Conv2d(width, out, 1, bias=False), norm(out)

@@ -4,6 +4,7 @@ Several queries on one image share its features: in cross-attention the object q
 sequence over one set of keys. Everything else is per query.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +122,7 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def attention_mask(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def attention_mask(logits: Tensor, size: Sequence[int]) -> Tensor:
     """(I, n, h, w) mask logits -> (I, 1, n, cells) bool: True inside the mask; a query without any cell reads all."""
-    inside = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).flatten(2).sigmoid() >= 0.5
+    inside = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False).flatten(2).sigmoid() >= 0.5
     return (inside | ~inside.any(-1, keepdim=True))[:, None]

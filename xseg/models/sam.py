@@ -1,6 +1,7 @@
 """SAM's image encoder from transformers, without its neck, returning the hidden states that are asked for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class SamEncoder(SamVisionEncoder):
     def __init__(self, config: SamConfig) -> None:
         super().__init__(config)
         if config.stem == "residual":
-            self.patch_embed = ResidualStem(config)
+            self.patch_embed: Any = ResidualStem(config)
         elif config.stem != "patch":
             raise UserError(f"sam.stem = {config.stem!r}: write 'patch' or 'residual'")
         for layer in self.layers:
@@ -46,8 +47,9 @@ class SamEncoder(SamVisionEncoder):
         count = len(self.layers) + 1
         wanted = [layer % count for layer in layers]
         hidden = self._patches(pixels)
-        # A crop of the grid is enough for the small pictures that only keep the gradients of unused parts alive.
-        hidden = hidden + self.pos_embed[:, : hidden.shape[1], : hidden.shape[2]]
+        if self.pos_embed is not None:
+            # Small pictures, which only keep the gradients of unused parts alive, take a crop of the grid.
+            hidden = hidden + self.pos_embed[:, : hidden.shape[1], : hidden.shape[2]]
         states = {0: hidden}
         for number, layer in enumerate(self.layers[: max(wanted)], start=1):
             hidden = layer(hidden)
@@ -81,18 +83,18 @@ class ResidualStem(nn.Module):
         if config.patch_size != STEM_PATCH:
             raise UserError(f"sam.stem = 'residual' needs sam.patch_size = {STEM_PATCH}, not {config.patch_size}")
         width = config.hidden_size
-        self.half = nn.Conv2d(config.num_channels, width // 4, 3, stride=2, padding=1)
-        self.quarter = nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1)
+        self.to_half = nn.Conv2d(config.num_channels, width // 4, 3, stride=2, padding=1)
+        self.to_quarter = nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1)
         self.quarter_blocks = nn.ModuleList(ResidualPair(width // 2) for _ in range(2))
-        self.eighth = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
+        self.to_eighth = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
         self.eighth_block = ResidualPair(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(I, 3, S, S) -> (I, S/8, S/8, C)."""
-        x = self.quarter(F.gelu(self.half(pixels)))
+        x = self.to_quarter(F.gelu(self.to_half(pixels)))
         for block in self.quarter_blocks:
             x = block(x)
-        return self.eighth_block(self.eighth(F.gelu(x))).permute(0, 2, 3, 1)
+        return self.eighth_block(self.to_eighth(F.gelu(x))).permute(0, 2, 3, 1)
 
 
 class ResidualPair(nn.Module):

@@ -1,6 +1,7 @@
 """SAM encoder, connector, pixel decoder, mask decoder and class head: what stage 1 trains."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,9 +44,11 @@ class Segmentor(nn.Module):
         return self.pixel_decoder(self.connector(states))
 
     def decode(
-        self, maps: tuple[Tensor, list[Tensor]], seg: Tensor | None, concepts: Tensor, real: Tensor, groups: Groups
+        self, maps: tuple[Tensor, list[Tensor]], seg: Tensor | None, concepts: Any, real: Any, groups: Groups
     ) -> tuple[Tensor, Tensor]:
         """Q queries with ``<SEG>`` (Q, D) and concepts (Q, K + 1, D), of which ``real`` (Q, K + 1) count.
+
+        The linear head reads no concepts: they are None with it.
 
         Returns mask logits (L, Q, N, h, w) and class logits (L, Q, N, K + 1), float32.
         """

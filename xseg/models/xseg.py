@@ -57,6 +57,10 @@ class XSegModel(PreTrainedModel):
     _supports_flex_attn = True
     _no_split_modules = ["SamVisionLayer", "SiglipEncoderLayer", "DecoderLayer"]  # noqa: RUF012
 
+    config: XSegConfig
+    segmentor: Segmentor
+    llm: Any
+
     def __init__(self, config: XSegConfig) -> None:
         super().__init__(config)
         if config.sam_config is not None:
@@ -135,8 +139,8 @@ class XSegModel(PreTrainedModel):
         lm_logits, lm_labels = self._language(batch, layout, hidden)
         decoder = self.config.segmentor_config
         if batch.max_queries == 0 or decoder is None:
-            empty = [lm_logits.new_zeros(1, 0, 1, 1, 1), lm_logits.new_zeros(1, 0, 1, 1)]
-            return ModelOutput(*empty, lm_logits, lm_labels)
+            masks, classes = lm_logits.new_zeros(1, 0, 1, 1, 1), lm_logits.new_zeros(1, 0, 1, 1)
+            return ModelOutput(masks, classes, lm_logits, lm_labels)
         assert features.maps is not None, f"{batch.keys}: queries without an image"
         row = batch.query_image * batch.max_queries + batch.query_slot
         groups = Groups(row, len(features.maps[0]), batch.max_queries)
