@@ -1,12 +1,15 @@
 """What an evaluation scores without looking at any image, for the tasks that have such a baseline."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from xseg.data.dataset import Dataset
+from xseg.geometry.masks import row_rle
 from xseg.metrics import blind
-from xseg.types import Prediction, Sample
+from xseg.types import Instance, Masks, Prediction, Sample
 
 Blind = Callable[[Sample], Prediction]
 
@@ -28,8 +31,21 @@ def _answers(dataset: Dataset) -> tuple[str, Blind]:
 
 
 def _objects(dataset: Dataset) -> tuple[str, Blind]:
+    pool: dict[int | str, dict[int, Any]] = {}
+    for sample in samples(dataset):  # a sample of one sentence knows that sentence's objects only
+        objects = pool.setdefault(sample.image_id, {})
+        for instance in sample.instances:
+            if not instance.is_crowd and sample.masks is not None:
+                objects[instance.id] = row_rle(sample.masks, instance.mask)
     rng = np.random.default_rng(0)
-    return "blind: the perfect mask of a random object of the image", lambda sample: blind.random_object(sample, rng)
+
+    def guess(sample: Sample) -> Prediction:
+        rles = tuple(pool[sample.image_id].values())
+        instances = tuple(Instance(row, -1) for row in range(len(rles)))
+        pooled = dataclasses.replace(sample, masks=Masks(sample.size, rles), instances=instances)
+        return blind.random_object(pooled, rng)
+
+    return "blind: the perfect mask of a random object of the image, of all that this set names", guess
 
 
 def _map(dataset: Dataset) -> tuple[str, Blind]:

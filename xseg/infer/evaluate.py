@@ -111,29 +111,29 @@ def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> l
     encoded = [dataset.get(i) for i in indices]
     batch = collate(encoded).to(device(predictor.model))
     if dataset.task.eval_mode == "generate":
-        texts, output = _generate(predictor, batch)
+        texts, queries, output = _generate(predictor, batch)
     else:
-        texts, output = [""] * len(encoded), predictor.model(batch)
-    places = zip(_slices(encoded), _geometries(encoded), texts, strict=True)
+        texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(batch)
+    places = zip(queries, _geometries(encoded), texts, strict=True)
     return [
-        (sample, dataset.task.decode(output, list(queries), sample, g, text))
-        for sample, (queries, g, text) in zip(found, places, strict=True)
+        (sample, dataset.task.decode(output, rows, sample, g, text))
+        for sample, (rows, g, text) in zip(found, places, strict=True)
     ]
 
 
-def _generate(predictor: Predictor, batch: Batch) -> tuple[list[str], ModelOutput | None]:
+def _generate(predictor: Predictor, batch: Batch) -> tuple[list[str], list[list[int]], ModelOutput | None]:
     processor = predictor.processor
     stop_ids = processor.encoder.stop_ids if processor.encoder else ()
     made = predictor.model.generate(batch, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids)
-    return [processor.decode(ids) for ids in made.sequences], made.output
+    return [processor.decode(ids) for ids in made.sequences], made.queries, made.output
 
 
-def _slices(encoded: Sequence[Encoded]) -> list[range]:
+def _slices(encoded: Sequence[Encoded]) -> list[list[int]]:
     """Rows of the query axis that belong to each sample."""
     starts = [0]
     for sample in encoded:
         starts.append(starts[-1] + len(sample.queries))
-    return [range(a, b) for a, b in pairwise(starts)]
+    return [list(range(a, b)) for a, b in pairwise(starts)]
 
 
 def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:

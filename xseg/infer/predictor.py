@@ -20,7 +20,7 @@ from xseg.tokens import IMAGE
 from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry
 
 LEAST_SCORE = 0.5
-"""Least probability of a segment when several names compete; for the eye, not for scores."""
+"""Least score of an object when several names compete; for the eye, not for benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Predictor:
 
     @torch.inference_mode()
     def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: bool = True) -> Result:
-        """Find what ``text`` names: a phrase (one mask), or a list of names that compete for the pixels.
+        """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
         The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
         generated answer. ``reject=False`` always gives a phrase a mask, even where the model takes it for absent.
@@ -104,14 +104,13 @@ def choose(
 ) -> tuple[Segment, ...]:
     """Segments of one query: (N, h, w) masks, (N, K + 1) classes of K ``phrases``.
 
-    One phrase gets the mask of its best object query (empty: not there). Several phrases compete for the pixels, and
-    every object that wins is one segment; a phrase may have none.
+    One phrase gets the mask of its best object query (empty: not there). Several phrases compete for each object
+    query, and every object of at least ``LEAST_SCORE`` is one segment, best first; a phrase may have none.
     """
     if len(phrases) == 1:
         best = postprocess.best(mask_logits, class_logits, g, concept=0, reject=reject)
         return (Segment(best.mask, 0, best.score, phrases[0]),)
-    countable = [True] * len(phrases)
-    _, found = postprocess.panoptic(mask_logits, class_logits, g, is_thing=countable, score_threshold=LEAST_SCORE)
+    found = postprocess.instances(mask_logits, class_logits, g, score_threshold=LEAST_SCORE)
     return tuple(Segment(s.mask, s.category, s.score, phrases[s.category]) for s in found)
 
 

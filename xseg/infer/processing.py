@@ -1,7 +1,9 @@
 """From images and turns to a Batch, with everything a checkpoint folder needs to do it again."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from xseg.encode import Encoder
 from xseg.errors import UserError
 from xseg.geometry.masks import on_canvas
 from xseg.geometry.views import ViewSizes
-from xseg.tokens import add_special_tokens
+from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
 from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks
 
 FILE, TEMPLATE = "xseg_processor.json", "chat_template.jinja"
+AFTER_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ") ")
 
 
 class XSegProcessor:
@@ -87,8 +90,16 @@ class XSegProcessor:
         return collate(list(requests))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Generated ids as text up to the stop token, special tokens kept."""
-        return self._with_text().decode(ids, stop=True).strip()
+        """Generated ids as text up to the stop token, special tokens kept.
+
+        SentencePiece tokenizers write a space after each special token that was not there; it is left out where the
+        text then gives the very same ids, as it must when the answer is read again in a later turn.
+        """
+        encoder = self._with_text()
+        own = list(takewhile(lambda i: i not in encoder.stop_ids, ids))
+        text = encoder.decode(own).strip()
+        tight = AFTER_SPECIAL.sub(r"\1", text)
+        return tight if encoder.tokenizer(tight, add_special_tokens=False)["input_ids"] == own else text
 
     def _with_text(self) -> Encoder:
         if self.encoder is None:

@@ -30,7 +30,8 @@ class Answer:
     text: str
     """Generated text up to the stop token, with ``<SEG>`` and the markers."""
     segments: tuple[Segment, ...] = ()
-    """One per phrase asked for, in order, objects of one name united; an empty mask = not in the image."""
+    """One per phrase, in order, objects of one name united; an empty mask = not in the image. None at all: no mask
+    was asked for, or the answer does not hold exactly one ``<SEG>``."""
 
     @property
     def coverage(self) -> tuple[float, ...]:
@@ -89,10 +90,12 @@ class Session:
         made = model.generate(batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, features=self._features)
         said = processor.decode(made.sequences[0])
         segments: tuple[Segment, ...] = ()
-        if asked.phrases and said.count(SEG) == 1 and made.output is not None:
-            logits = made.output.mask_logits[-1, 0], made.output.class_logits[-1, 0]
-            found = choose(*logits, self._views.geometry, asked.phrases)
-            segments = self._per_phrase(found, asked.phrases)
+        # phrases that the answer itself marks take the place of those asked for
+        phrases = tuple(request.SPAN.findall(said)) or asked.phrases
+        if phrases and made.output is not None and len(made.queries[0]) == 1:
+            row = made.queries[0][0]
+            logits = made.output.mask_logits[-1, row], made.output.class_logits[-1, row]
+            segments = self._per_phrase(choose(*logits, self._views.geometry, phrases), phrases)
         self._turns = [*turns, Turn("assistant", _harmless(said))]
         self.answers.append(Answer(text, said, segments))
         return self.answers[-1]

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+from oracle import oracle, shapes
+
+from xseg.config import Suite, SuiteRow, TaskSpec
+from xseg.errors import UserError
+from xseg.geometry import masks as rle
+from xseg.infer.evaluate import Evaluation, evaluate
+
+ROWS = ["shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val"]
+
+
+def suite(*names: str) -> Suite:
+    return Suite(name="test", rows=[SuiteRow(recipe=name) for name in names])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes(tmp_path_factory.mktemp("data"))
+
+
+def value(results: dict, metric: str, blind: bool = False) -> float:
+    found = [r for r in results["rows"] if r["metric"] == metric and r["protocol"].startswith("blind") == blind]
+    assert len(found) == 1, metric
+    return found[0]["value"]
+
+
+def test_targets_as_answers_score_the_maximum(root: Path, tmp_path: Path) -> None:
+    predictor = oracle()
+    predictor.model.answers = ["nothing"]
+    results = evaluate(predictor, suite(*ROWS), Evaluation(root, tmp_path, batch_size=2))
+    assert value(results, "PQ") == pytest.approx(100, abs=0.01)
+    assert value(results, "mIoU") == pytest.approx(100, abs=0.01)
+    assert value(results, "cIoU") == pytest.approx(100, abs=0.01)
+    assert value(results, "N-acc") == 100
+    assert value(results, "exact match") == 0
+    assert value(results, "cIoU", blind=True) < 60
+    assert 0 < value(results, "exact match", blind=True) < 100
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert {r["n"] for r in results["rows"] if r["metric"] == "PQ"} == {5}
+    for row in results["rows"]:
+        assert set(row) >= {"task", "dataset", "split", "metric", "value", "n", "ci95", "protocol"}
+    assert results["versions"]["torch"]
+
+
+def test_batch_size_changes_nothing_but_the_speed(root: Path, tmp_path: Path) -> None:
+    runs = []
+    for size in (1, 3):
+        predictor = oracle()
+        results = evaluate(predictor, suite(*ROWS[:2]), Evaluation(root, tmp_path / str(size), batch_size=size))
+        runs.append((results["rows"], (tmp_path / str(size) / "samples.jsonl").read_text()))
+        samples = (tmp_path / str(size) / "samples.jsonl").read_text().count("\n")
+        assert predictor.model.forwards == -(-5 // size) + -(-(samples - 5) // size)
+    assert runs[0] == runs[1]
+
+
+def test_one_line_per_sample_with_its_masks(root: Path, tmp_path: Path) -> None:
+    predictor = oracle()
+    evaluate(predictor, suite(*ROWS[1:]), Evaluation(root, tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    refer = [line for line in lines if line["task"] == "refer_seg"]
+    assert len(refer) > 5 and len({line["key"] for line in lines}) == len(lines)
+    assert refer[0]["scores"]["gIoU"] == 100
+    assert any(rle.area(rle.from_json(s["mask"])) for s in refer[0]["segments"])
+    talk = next(line for line in lines if line["task"] == "conversation")
+    assert talk["text"] == "Sure, the segmentation mask is <SEG>."
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_stage_one_is_scored_by_its_label_list(root: Path, tmp_path: Path) -> None:
+    predictor, notes = oracle(text=False, labels=13), []
+    results = evaluate(predictor, suite(*ROWS), Evaluation(root, tmp_path, note=notes.append))
+    assert len(notes) == 2 and "refer_val" in notes[0]
+    assert value(results, "PQ") == pytest.approx(100, abs=0.01)
+    assert {r["dataset"] for r in results["rows"]} == {ROWS[0]}
+    assert any("fixed label list" in r["protocol"] for r in results["rows"])
+    with pytest.raises(UserError, match="13 categories"):
+        evaluate(oracle(text=False, labels=4), suite(ROWS[0]), Evaluation(root, tmp_path))
+    with pytest.raises(UserError, match="no row"):
+        evaluate(predictor, suite(ROWS[1]), Evaluation(root, tmp_path / "none"))
+    assert not (tmp_path / "none/results.json").exists()
+
+
+def test_published_values_stand_beside_the_measured_ones(root: Path, tmp_path: Path) -> None:
+    row = SuiteRow(recipe=ROWS[0], published={"PQ": 54.7}, published_source="a paper", limit=2)
+    results = evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
+    [found] = [r for r in results["rows"] if "published" in r]
+    assert (found["metric"], found["published"], found["published_source"], found["n"]) == ("PQ", 54.7, "a paper", 2)
+
+
+def test_a_row_may_replace_the_task(root: Path, tmp_path: Path) -> None:
+    row = SuiteRow(recipe=ROWS[0], task=TaskSpec(name="generic_seg", outputs=["semantic"]))
+    results = evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
+    assert {r["metric"] for r in results["rows"]} == {"mIoU"}

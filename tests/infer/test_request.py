@@ -1,0 +1,41 @@
+import pytest
+
+from xseg.errors import UserError
+from xseg.infer.request import read
+
+
+@pytest.mark.parametrize(
+    ("typed", "phrases"),
+    [
+        ("the large red circle", ("the large red circle",)),
+        ("Segment the Red circle.", ("the red circle",)),
+        ("please find a square in the image", ("a square",)),
+        ("Can you segment the circle?", ("the circle",)),
+        ("show me the  blue star!", ("the blue star",)),
+        ("segment: circle, Square,grass, circle", ("circle", "square", "grass")),
+        ("where is <p>the moon</p>? And <p>the sun</p>?", ("the moon", "the sun")),
+        ("how many circles are there?", ()),
+        ("Describe the image.", ()),
+        ("the red one, is it a circle?", ()),
+    ],
+)
+def test_free_text_is_understood(typed: str, phrases: tuple[str, ...]) -> None:
+    found = read(typed)
+    assert found.phrases == phrases
+    for phrase in phrases:
+        assert f"<p>{phrase}</p>" in found.text
+    if "<p>" in typed or not phrases:
+        assert found.text == typed
+
+
+@pytest.mark.parametrize("typed", ["", "   ", "segment: , ,", "what is <image>?", "<SEG>", "..."])
+def test_what_cannot_be_a_message_is_refused(typed: str) -> None:
+    with pytest.raises(UserError):
+        read(typed)
+
+
+def test_wording_is_that_of_evaluation() -> None:
+    from xseg.tasks import phrasing
+
+    assert read("a circle").text == phrasing.PHRASE[0].format(phrase="<p>a circle</p>")
+    assert read("segment: a, b").text == phrasing.CATEGORIES[0].format(names="<p>a</p>, <p>b</p>")
