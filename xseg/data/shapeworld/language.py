@@ -222,9 +222,9 @@ def _side(rng: np.random.Generator) -> str:
 def _relation(scene: Scene, nouns: Nouns, rng: np.random.Generator, least: int = 2) -> Form | None:
     """The noun alone fits at least ``least`` things besides the anchor, so that the relation must be read."""
     place = int(rng.integers(len(scene.things)))
-    anchor = naming(nouns, place, rng, redundant=0.0)
-    noun = choose([n for n, rows in nouns.items() if len(set(rows) - {place}) >= least], rng)
-    if anchor is None or noun is None:
+    noun = choose([n for n, rows in nouns.items() if len(rows) - (place in rows) >= least], rng)
+    anchor = None if noun is None else naming(nouns, place, rng, redundant=0.0)
+    if noun is None or anchor is None:
         return None
     return Form(noun, relation=(str(rng.choice(list(RELATIONS))), anchor))
 

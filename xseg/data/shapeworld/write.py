@@ -194,7 +194,7 @@ class _Files:
 
 def _write_image(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
     name = f"{number:012d}.png"
-    Image.fromarray(draw(scene)).save(files.folder / "images" / name)
+    Image.fromarray(draw(scene)).save(files.folder / "images" / name, compress_level=3)
     # spread over the 24 bits, so that the PNG is colourful and readers must use all three channels
     write_id_map(files.folder / "panoptic" / name, scene.owner.astype(np.int64) * SPREAD)
     files.images.add({"id": number, "file_name": name, "height": scene.side, "width": scene.side})
