@@ -111,6 +111,12 @@ def test_without_text_without_siglip_without_image() -> None:
     assert encoded.images == () and encoded.queries == () and encoded.text is not None
 
 
+def test_a_stage_without_sam_has_empty_mask_views() -> None:
+    encoded = Dataset(source(), PhraseTask(), dataclasses.replace(READY, views=ViewSizes(0, 14))).get(0)
+    assert encoded.images[0].mask.shape == (3, 0, 0) and encoded.images[0].llm.shape == (3, 14, 14)
+    assert [q.masks.shape for q in encoded.queries] == [(0, 0, 0), (0, 0, 0)]
+
+
 def test_prompts_and_ignored_pixels_follow_the_view() -> None:
     sample = phrase_sample("x/0", (20, 30), ())
     assert sample.masks is not None

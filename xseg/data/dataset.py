@@ -172,7 +172,7 @@ def _queries(sample: Sample, queries: Sequence[Query], geometries: Sequence[View
     if rows:
         assert sample.masks is not None, "a query with targets needs Sample.masks"
         placed = on_canvas(sample.masks, rows, geometries[0])
-        visible = placed.reshape(len(rows), -1).max(axis=1) > 0
+        visible = placed.reshape(len(rows), -1).max(axis=1, initial=0) > 0
         place = {row: i for i, row in enumerate(rows)}
     else:
         side = geometries[0].canvas if geometries else 0

@@ -185,6 +185,8 @@ def on_canvas(masks: Masks, rows: Sequence[int], g: ViewGeometry) -> np.ndarray:
     segmentation maps (X-SAM section 3.2: masks follow the view). An id map is resized once for all its masks.
     """
     out = np.zeros((len(rows), g.canvas, g.canvas), np.uint8)
+    if not out.size:
+        return out
     ys, xs = (
         nearest_index(full, scaled)[start : start + g.canvas]
         for full, scaled, start in zip(masks.size, g.scaled, g.offset, strict=True)

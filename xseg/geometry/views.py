@@ -25,7 +25,7 @@ class ViewSizes:
     """How big the two views of a model are."""
 
     canvas: int
-    """Side S of the mask view in pixels."""
+    """Side S of the mask view in pixels; 0 = the stage has no SAM, its views are (3, 0, 0)."""
     llm: int
     """Side s of the language model's view in pixels; 0 = the stage has no SigLIP."""
     llm_mode: LlmMode = "squash"
@@ -76,9 +76,11 @@ def mask_view(image: Image.Image, canvas: int, jitter_factor: float | None = Non
 
     The long side becomes S (round half up, bilinear), equal to SamImageProcessor. With ``jitter_factor`` (large-scale
     jitter of X-SAM stage 1, 0.1 to 2.0) it becomes factor * S, and what exceeds the canvas is cut off evenly on both
-    sides.
+    sides. ``canvas`` 0 gives (3, 0, 0).
     """
     original = (image.height, image.width)
+    if canvas == 0:
+        return np.zeros((3, 0, 0), np.float32), ViewGeometry(original, (0, 0), 0)
     geometry = plan_view(original, canvas, jitter_factor)
     (height, width), (top, left) = geometry.scaled, geometry.offset
     out = np.zeros((3, canvas, canvas), np.float32)
