@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from xseg.config import ModelRecipe, find
 from xseg.errors import UserError, did_you_mean
 from xseg.models import checkpoint
-from xseg.models.configuration import SamConfig, XSegConfig
+from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.tokens import SpecialIds
 
@@ -39,11 +39,10 @@ def build_config(
         text = {**text, "vocab_size": vocab_size or text["vocab_size"]}
         last = text["vocab_size"]
         special = special or SpecialIds(last - 3, last - 2, last - 1)
-    segmentor = None
-    if "segmentor" in parts:
-        segmentor = {"num_labels": num_labels, **recipe.segmentor, "head": head}
-        if head == "labels" or segmentor.get("pixel_classifier"):
-            segmentor["num_labels"] = num_labels
+    segmentor = {**recipe.segmentor, "head": head, "num_labels": num_labels} if "segmentor" in parts else None
+    if segmentor is not None and head != "labels":
+        # Pixels can be named only where a fixed label list is.
+        segmentor["pixel_classifier"] = False
     return XSegConfig(
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
@@ -65,10 +64,7 @@ def build_model(config: XSegConfig, recipe: ModelRecipe | None = None) -> XSegMo
     if recipe is None:
         return model
     if config.text_config is not None and "pretrained" in recipe.llm:
-        loaded = AutoModelForCausalLM.from_pretrained(folder(recipe.llm, "llm"), dtype=torch.float32)
-        if loaded.get_input_embeddings().num_embeddings != config.text_config.vocab_size:
-            loaded.resize_token_embeddings(config.text_config.vocab_size)
-        model.llm.load_state_dict(loaded.state_dict())
+        _load_llm(model, folder(recipe.llm, "llm"))
     for part, kind in (("sam", config.sam_config), ("siglip", config.siglip_config)):
         given = getattr(recipe, part)
         if kind is not None and "pretrained" in given:
@@ -77,30 +73,41 @@ def build_model(config: XSegConfig, recipe: ModelRecipe | None = None) -> XSegMo
 
 
 def folder(given: dict[str, Any], part: str) -> Path:
-    """The folder of a part's ``pretrained`` weights."""
+    """Return the folder of a part's ``pretrained`` weights. Raises UserError when it is not one."""
     path = find(str(given["pretrained"]), FOLDER, suffix="")
     if not (path / "config.json").exists():
         raise UserError(f"{part}.pretrained: {path} holds no config.json: name a folder in transformers' layout")
     return path
 
 
+def _load_llm(model: XSegModel, path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    rows = model.config.text_config.vocab_size
+    if loaded.get_input_embeddings().num_embeddings != rows:
+        loaded.resize_token_embeddings(rows)
+    state = {f"llm.{name}": value for name, value in loaded.state_dict().items()}
+    report = checkpoint.assign(model, state, str(path))
+    report.fresh = [name for name in report.fresh if name.startswith("llm.")]
+    if report.fresh or report.unexpected or report.mismatched:
+        raise UserError(f"llm.pretrained: {path} has other sizes than the model recipe\n{report}")
+
+
 def _llm(given: dict[str, Any]) -> dict[str, Any]:
-    if not given:
-        raise UserError("llm: the stage builds a language model but the model recipe says nothing about it")
-    sizes = {k: v for k, v in given.items() if k != "pretrained"}
-    if "pretrained" in given:
-        sizes = {**AutoConfig.from_pretrained(folder(given, "llm")).to_dict(), **sizes}
+    sizes = _sizes(given, "llm")
     kind = sizes.get("model_type", "phi3")
     return {**XSegConfig(text_config={**sizes, "model_type": kind}).text_config.to_dict(), "model_type": kind}
 
 
 def _part(given: dict[str, Any], part: str) -> dict[str, Any]:
+    sizes = _sizes(given, part)
+    sizes = sizes.get("vision_config", sizes)
+    foreign = ("model_type", "initializer_range") if part == "sam" else ()
+    return {k: v for k, v in sizes.items() if k not in foreign}
+
+
+def _sizes(given: dict[str, Any], part: str) -> dict[str, Any]:
+    """The recipe's own sizes, or, where it names nothing but a folder, those in the folder."""
     if not given:
         raise UserError(f"{part}: the stage builds it but the model recipe says nothing about it")
     sizes = {k: v for k, v in given.items() if k != "pretrained"}
-    if "pretrained" not in given:
-        return sizes
-    stored = AutoConfig.from_pretrained(folder(given, part))
-    stored = getattr(stored, "vision_config", stored).to_dict()
-    known = SamConfig().to_dict() if part == "sam" else stored
-    return {**{k: v for k, v in stored.items() if k in known and k not in ("model_type",)}, **sizes}
+    return sizes or AutoConfig.from_pretrained(folder(given, part)).to_dict()

@@ -19,6 +19,7 @@ from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 
 SHOWN = 8
+HEADS = ("segmentor.class_head.", "segmentor.pixel_classifier.")
 
 
 @dataclass
@@ -103,15 +104,17 @@ def read_config(folder: Path) -> XSegConfig:
 def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]:
     """Lay earlier stages over a model, in order, and report each.
 
-    A tensor with no place or another shape is an error, but for parts that this stage replaces: the class head of
-    another kind and parts that are not built here.
+    A tensor with no place or of another shape is an error, and so is a part that is filled by half, but for what this
+    stage replaces: a class head of another kind, and parts that are not built here.
     """
     reports = []
     for folder in folders:
         read_config(Path(folder))
         report = assign(model, read_weights(Path(folder)), str(folder))
+        given = {key_maps.part_of(n) for n in report.loaded}
+        missing = [n for n in report.fresh if key_maps.part_of(n) in given and not n.startswith(HEADS)]
         kept = [n for n in report.unexpected if not _replaced(model, n)]
-        if kept or report.mismatched:
+        if kept or missing or report.mismatched:
             raise UserError(
                 f"{folder}: does not fit this model: the sizes in both stages must agree. Use the model recipe that "
                 f"made it.\n{report}"
@@ -122,7 +125,7 @@ def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]
 
 def _replaced(model: XSegModel, name: str) -> bool:
     here = {key_maps.part_of(n) for n in model.state_dict()}
-    return key_maps.part_of(name) not in here or name.startswith(("segmentor.class_head.", "segmentor.pixel_class"))
+    return key_maps.part_of(name) not in here or name.startswith(HEADS)
 
 
 def assign(model: XSegModel, state: Mapping[str, Tensor], source: str) -> LoadReport:

@@ -79,6 +79,10 @@ class XSegModel(PreTrainedModel):
             self.background = nn.Parameter(torch.zeros(1, decoder.width))
             if config.text_config is not None:
                 self.llm_projector = Projector(config.width, decoder.width)
+        if decoder is None and config.sam_config is not None:
+            # The blocks behind the hidden state that is read belong to a decoder that is not here.
+            for block in self.segmentor.sam.layers[config.sam_layer % (config.sam_config.num_hidden_layers + 1) :]:
+                block.requires_grad_(False)
         self.post_init()
 
     @torch.no_grad()
