@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image
 
 from xseg import postprocess
+from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.geometry.views import read_image
 from xseg.infer import request
@@ -75,7 +76,7 @@ class Predictor:
         asked = request.phrase(text) if isinstance(text, str) else request.categories(text)
         turns = (Turn("user", f"{IMAGE}\n{asked.text}"), Turn("assistant", phrasing.ANSWER[0]))
         formatted = Formatted(turns, (Query(0, tuple(range(len(asked.phrases)))),))
-        views = self.processor.sizes.views(read_image(_opened(image), "segment"))
+        views = self.processor.sizes.views(opened(image))
         encoded = self.processor.encode([views], formatted)
         output = self.model(self.processor.batch([encoded]).to(device(self.model)))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
@@ -124,5 +125,10 @@ def device(model: Any) -> torch.device:
     return next(model.parameters()).device  # type: ignore[no-any-return]
 
 
-def _opened(image: Image | str | Path) -> Image | Path:
-    return image if isinstance(image, Image) else Path(image)
+def opened(image: Image | str | Path) -> Image:
+    """A picture as RGB. UserError when its file is missing or cannot be decoded."""
+    if isinstance(image, Image):
+        return image.convert("RGB")
+    if not Path(image).is_file():
+        raise UserError(f"{image}: no such image file; give the path of a picture")
+    return read_image(Path(image), "image")

@@ -55,7 +55,7 @@ class XSegProcessor:
         if max_tokens is None:
             return cls(None, sizes)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
-        return cls(Encoder(_tokenizer(Path(folder)), template, max_tokens), sizes)
+        return cls(Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens), sizes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
@@ -125,10 +125,17 @@ def _encoder_from_recipe(recipe: ModelRecipe) -> Encoder:
     return Encoder(tokenizer, template, recipe.max_tokens)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"config": config} if config else {}))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not the folder of a Hugging Face tokenizer: {error}") from error
+
+
+def _llm_config(folder: Path) -> Any:
+    """The language model's own config, by which transformers knows the tokenizer; beside it lies that of xseg."""
+    from xseg.models.configuration import XSegConfig
+
+    return XSegConfig.from_pretrained(folder).text_config if (folder / "config.json").is_file() else None

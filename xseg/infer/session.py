@@ -12,9 +12,8 @@ from PIL.Image import Image
 
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
-from xseg.geometry.views import read_image
 from xseg.infer import request
-from xseg.infer.predictor import Predictor, choose, device, empty
+from xseg.infer.predictor import Predictor, choose, device, empty, opened
 from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, SEG, SENTINELS
 from xseg.types import Encoded, Formatted, ImageViews, Query, Segment, Turn
 
@@ -63,9 +62,9 @@ class Session:
     @torch.inference_mode()
     def set_image(self, image: Image | str | Path) -> None:
         """Encode an image and forget the conversation about the one before. UserError when it cannot be read."""
-        opened = read_image(image if isinstance(image, Image) else Path(image), "chat")
-        self._views = self.predictor.processor.sizes.views(opened)
-        self.image, self.name = opened, "image" if isinstance(image, Image) else Path(image).stem
+        picture = opened(image)
+        self._views = self.predictor.processor.sizes.views(picture)
+        self.image, self.name = picture, "image" if isinstance(image, Image) else Path(image).stem
         batch = self.predictor.processor.batch([Encoded("image", None, (self._views,), ())])
         model = self.predictor.model
         batch = batch.to(device(model))

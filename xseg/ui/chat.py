@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from xseg.errors import UserError, did_you_mean
-from xseg.geometry.views import read_image
 from xseg.infer import request
-from xseg.infer.predictor import load
+from xseg.infer.predictor import opened
 from xseg.infer.session import Answer, Session
 from xseg.ui.draw import overlay
+from xseg.ui.loading import open_model
 
 COMMANDS = {
     "/image": "FILE   talk about another image",
@@ -27,10 +27,8 @@ COMMANDS = {
 def chat(model: Path, image: Path | None, say: list[str], out: Path, console: Console) -> None:
     """Hold a conversation: scripted by ``say``, or typed. Raises UserError for a bad model, image or script."""
     if image is not None:
-        read_image(image, "chat")  # a bad file is told before the model is loaded
-    with console.status(f"loading {model}"):
-        predictor, _ = load(model)
-    terminal = Chat(Session(predictor), out, console)
+        opened(image)  # a bad file is told before the model is loaded
+    terminal = Chat(Session(open_model(model, console)), out, console)
     if image is not None:
         terminal.open(image)
     if say:
@@ -100,7 +98,9 @@ class Chat:
 
     def _show(self, answer: Answer, line: str) -> None:
         self.console.print(Text.assemble(("you  ", "bold cyan"), line) if not self.console.is_interactive else "")
-        self.console.print(Text.assemble(("xseg ", "bold green"), answer.text))
+        # a model may write anything, terminal control codes included
+        said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in answer.text)
+        self.console.print(Text.assemble(("xseg ", "bold green"), said))
         if request.read(line).phrases and not answer.segments:
             self.console.print(Text("     the answer holds no single <SEG>, so there is no mask", style="yellow"))
         for segment, coverage in zip(answer.segments, answer.coverage, strict=True):

@@ -54,14 +54,15 @@ def _top(
 def demo_command(
     out: Out = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Stages: a folder under train_stages.")] = "tiny",
-    seed: Annotated[int, typer.Option(help="Seed of the data and the stages.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 20000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data and, if not 0, of the stages.")] = 0,
 ) -> None:
     """The whole walk on ShapeWorld: data, three stages, evaluation, report, one chat turn."""
     from rich.console import Console
 
     from xseg.ui.demo import Demo
 
-    Demo(out, recipe, seed, Console()).run()
+    Demo(out, recipe, images, seed, Console(highlight=False)).run()
 
 
 @app.command("eval")

@@ -27,8 +27,8 @@ from xseg.ui.scores import table
 
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY = 2 * GIB, 3 * GIB
-IMAGES = {"overfit": 16}
-DEFAULT_IMAGES = 20000
+SUITES = {"overfit": "overfit"}
+"""The suite of a recipe; of all others: shapes."""
 PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
 """How this Python runs the programs that a command names, whatever PATH says."""
 
@@ -46,14 +46,14 @@ class Step:
 class Demo:
     """The commands of a demo in ``out``; a second run skips what is done and resumes what was cut short."""
 
-    def __init__(self, out: Path, recipe: str, seed: int, console: Console) -> None:
+    def __init__(self, out: Path, recipe: str, images: int, seed: int, console: Console) -> None:
         """Raises UserError for an unknown recipe."""
-        self.out, self.recipe, self.seed, self.console = out, recipe, seed, console
+        self.out, self.images, self.seed, self.console = out, images, seed, console
         folder = find(recipe, FOLDERS[StageRecipe], suffix="")
         self.stages = sorted(folder.glob("s[0-9]*.yaml"))
         if not self.stages:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
-        self.suite = "shapes" if recipe not in IMAGES else recipe
+        self.suite = SUITES.get(recipe, "shapes")
         self.record = out / "demo.json"
         self.seconds: dict[str, float] = {}
         self.changed = False
@@ -74,8 +74,8 @@ class Demo:
     def training(self) -> list[Step]:
         """The data, then every stage; a stage starts from the folders of this demo's earlier stages."""
         data = self.out / "data"
-        count = str(IMAGES.get(self.recipe, DEFAULT_IMAGES))
-        write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", "--images", count, "--seed", str(self.seed))
+        size = ("--images", str(self.images), "--seed", str(self.seed))
+        write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", *size)
         steps = [Step("data", write, data / "shapes/val/shapeworld.json")]
         accelerate = find("zero2", "train_stages/accelerate")
         for path in self.stages:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from xseg.geometry import masks as rle
 from xseg.types import Segment
@@ -72,17 +73,16 @@ def outline(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 def _label(image: Image.Image, text: str, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
-    """Write ``text`` on a plate of the segment's colour, centred on a pixel deep inside the mask."""
+    """Write ``text`` on a plate of the segment's colour, centred on the pixel farthest from the mask's border."""
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(10, round(max(image.size) / 32)))
     text = text if len(text) <= 40 else text[:39] + "…"
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 4
-    rows, columns = np.nonzero(mask)
-    middle = np.array([rows.mean(), columns.mean()])
-    nearest = np.argmin((rows - middle[0]) ** 2 + (columns - middle[1]) ** 2)
-    x = int(np.clip(columns[nearest] - width / 2, 0, max(0, image.width - width)))
-    y = int(np.clip(rows[nearest] - height / 2, 0, max(0, image.height - height)))
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(np.argmax(depth)), mask.shape)
+    x = int(np.clip(column - width / 2, 0, max(0, image.width - width)))
+    y = int(np.clip(row - height / 2, 0, max(0, image.height - height)))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
     draw.text((x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if light else (255, 255, 255), font=font)

@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from xseg.config import Suite, load_recipe
 from xseg.infer.evaluate import Evaluation, evaluate
-from xseg.infer.predictor import load
+from xseg.ui.loading import open_model
 
 
 def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, console: Console) -> None:
     """Evaluate and print; UserError for anything wrong with the model, the suite or the data."""
     recipe = load_recipe(Suite, suite)
-    with console.status(f"loading {model}"):
-        predictor, _ = load(model)
+    predictor = open_model(model, console)
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -40,9 +40,13 @@ def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, c
 
 def table(results: dict[str, Any]) -> Table:
     """Results with the blind baseline and the published value of the same metric beside them."""
-    out = Table(title=f"suite {results['suite']}", title_justify="left")
-    for name in ("data set", "metric", "value", "95 %", "blind", "published", "n"):
-        out.add_column(name, justify="left" if name in ("data set", "metric") else "right")
+    published = any("published" in row for row in results["rows"])
+    out = Table(title=f"suite {results['suite']}", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("data set", "metric", "value", "95 %", "blind", *(["published"] if published else []), "n"):
+        if name in ("data set", "metric"):
+            out.add_column(name, overflow="fold")
+        else:
+            out.add_column(name, justify="right", no_wrap=True, min_width=11 if name == "95 %" else 5)
     blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
     last = None
     for row in results["rows"]:
@@ -57,7 +61,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{row['value']:.1f}",
             "-".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else "",
             "" if base is None else f"{base:.1f}",
-            f"{row['published']:.1f}" if "published" in row else "",
+            *([f"{row['published']:.1f}" if "published" in row else ""] if published else []),
             str(row["n"]),
         )
         last = row["dataset"]
