@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,9 @@ from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.losses.criterion import Criterion
 from xseg.models.build import build_config, build_model
-from xseg.models.checkpoint import overlay
+from xseg.models.checkpoint import LoadReport, overlay
+from xseg.models.configuration import XSegConfig
+from xseg.models.xseg import XSegModel
 from xseg.train.stage import Stage
 from xseg.types import Categories
 
@@ -80,32 +81,38 @@ def plan(stage: Stage, data: Data, world: int) -> Plan:
     return Plan(lengths, data.factors, r.batch_size, world=world, accumulate=r.accumulate, seed=r.seed)
 
 
-def build(stage: Stage, data: Data) -> tuple[Any, str]:
-    """Build the model from (recipe, seed) and lay the weights of earlier stages over it.
-
-    Returns the model and the load report for people ("" when nothing was loaded).
-    """
+def configuration(stage: Stage, data: Data) -> XSegConfig:
+    """Return the sizes of the stage's model."""
     encoder, recipe = data.processor.encoder, stage.recipe
-    config = build_config(
+    return build_config(
         stage.model,
         recipe.parts,
         recipe.head,
         len(data.categories.names) if data.categories else 0,
-        len(encoder.tokenizer) if encoder else 0,
+        len(encoder.tokenizer) if encoder else None,
+        encoder.special if encoder else None,
     )
-    torch.manual_seed(recipe.seed)
-    model = build_model(config)
-    if recipe.gradient_checkpointing:
+
+
+def skeleton(config: XSegConfig) -> XSegModel:
+    """Build the model without memory for its weights: names and shapes."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def build(stage: Stage, config: XSegConfig) -> tuple[XSegModel, list[LoadReport]]:
+    """Build the model from (recipe, seed) and lay the weights of earlier stages over it; report what they gave."""
+    torch.manual_seed(stage.recipe.seed)
+    model = build_model(config, stage.model)
+    if stage.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not recipe.init_from:
-        return model, ""
-    return model, str(overlay(model, [Path(p).expanduser() for p in recipe.init_from]))
+    return model, overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
 
 
-def num_queries(model: Any) -> int:
+def num_queries(config: XSegConfig) -> int:
     """Object queries N of the decoder; 0 where there is none."""
-    segmentor = model.config.segmentor_config
-    return int(segmentor.num_queries) if segmentor is not None else 0
+    segmentor = config.segmentor_config
+    return int(segmentor.num_queries) if segmentor is not None else 0  # type: ignore[union-attr]
 
 
 def criterion(stage: Stage, data: Data) -> Criterion:

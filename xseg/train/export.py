@@ -1,19 +1,22 @@
 """The folder a finished stage leaves: weights, processor, the decoded recipe and what was loaded at its start."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
 
 from xseg.infer.processing import XSegProcessor
 from xseg.models import checkpoint
+from xseg.models.checkpoint import LoadReport
 from xseg.train import assemble, state
 from xseg.train.stage import Stage
 
 STAGE, REPORT = "stage.yaml", "load_report.json"
 
 
-def export(acc: Accelerator, model: Any, stage: Stage, processor: XSegProcessor, report: dict[str, Any]) -> None:
+def export(acc: Accelerator, model: Any, stage: Stage, processor: XSegProcessor, reports: Sequence[LoadReport]) -> None:
     """Write ``out/final``, which ``xseg.load`` opens; all ranks call it, because ZeRO-3 gathers the weights.
 
     Raises UserError when the disk is full; a ``final`` of an earlier export stays until this one is complete.
@@ -21,7 +24,9 @@ def export(acc: Accelerator, model: Any, stage: Stage, processor: XSegProcessor,
     weights = acc.get_state_dict(model)
     with state.writing(stage.out / "final", acc) as folder:
         if acc.is_main_process:
-            checkpoint.save(acc.unwrap_model(model), folder, weights)
+            whole = assemble.skeleton(acc.unwrap_model(model).config)
+            whole.load_state_dict(weights, assign=True)
+            checkpoint.save(whole, folder)
             processor.save_pretrained(folder)
             (folder / STAGE).write_text(assemble.describe(stage), encoding="utf8")
-            (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf8")
+            (folder / REPORT).write_text(json.dumps([asdict(r) for r in reports], indent=1), encoding="utf8")

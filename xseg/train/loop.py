@@ -46,8 +46,7 @@ class Trainer:
         Everything random depends on (seed, step, rank, micro-batch) alone, so a resumed run draws the same.
         """
         acc, rank = self.acc, self.acc.process_index
-        pixels = torch.bfloat16 if self.precision == "bf16" else None
-        micros = [batch.to(acc.device, pixels) for batch in micros]
+        micros = [batch.to(acc.device) for batch in micros]
         totals = self._totals(micros)
         sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=acc.device)
         norm = 0.0
@@ -103,19 +102,21 @@ def train(stage: Stage, resume: bool) -> None:
     recipe = stage.recipe
     data = assemble.load_data(stage)
     criterion = assemble.criterion(stage, data)
+    config = assemble.configuration(stage, data)
+    optim.select(assemble.skeleton(config), recipe.trainable)
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
     plan = assemble.plan(stage, data, acc.num_processes)
-    model, report = assemble.build(stage, data)
+    model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
-    acc.print(optim.table(model, selections), report, sep="\n", flush=True)
+    acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
-    num_queries = assemble.num_queries(model)
     model, optimizer = acc.prepare(model.train(), optimizer)
+    num_queries = assemble.num_queries(config)
     trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries)
     with own_trouble(acc.process_index):
         run(trainer, stage, plan, data, resume)
-        export(acc, model, stage, data.processor, report)
+        export(acc, model, stage, data.processor, reports)
     launch.finish(acc)
 
 
