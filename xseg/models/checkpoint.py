@@ -82,6 +82,7 @@ def load(folder: str | Path) -> XSegModel:
     faults = [f"{k}: {', '.join(sorted(map(str, v))[:SHOWN])}" for k, v in info.items() if v and "keys" in k]
     if faults:
         raise UserError(f"{folder}: weights do not fit their own config.json ({'; '.join(faults)}); save it again")
+    model.freeze_unread()
     return model  # type: ignore[no-any-return]
 
 

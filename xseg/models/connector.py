@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
@@ -36,7 +37,8 @@ class Level(nn.Module):
         self.conv3, self.norm3 = nn.Conv2d(width, out, 1, bias=False), norm(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(I, g, g, C) -> (I, C / scale, scale * g, scale * g); odd sides are padded before halving."""
+        """(I, g, g, C) -> (I, C / scale, scale * g, scale * g); odd sides are zero padded to even ones first."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = self.norm1(self.conv1(x.permute(0, 3, 1, 2)))
         x = self.norm3(self.conv3(self.norm2(self.conv2(x)))).permute(0, 2, 3, 1)
         if self.scale == 2:

@@ -31,8 +31,12 @@ class SamEncoder(SamVisionEncoder):
             raise UserError(f"sam.stem = {config.stem!r}: write 'patch' or 'residual'")
         for layer in self.layers:
             layer.attn = RelativeAttention(config, layer.window_size)
-        self.neck.requires_grad_(False)
         self.post_init()
+
+    def freeze_unread(self, last: int) -> None:
+        """Freeze the neck and the blocks behind hidden state ``last``."""
+        for module in (self.neck, *self.layers[last:]):
+            module.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

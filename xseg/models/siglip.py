@@ -14,8 +14,14 @@ class SiglipEncoder(SiglipVisionModel):
     def __init__(self, config: SiglipVisionConfig, layer: int) -> None:
         super().__init__(config)
         self.depth = layer % (config.num_hidden_layers + 1)
-        unread = [*self.encoder.layers[self.depth :], self.post_layernorm, *([self.head] if self.use_head else [])]
-        for module in unread:
+
+    def freeze_unread(self) -> None:
+        """Freeze the blocks behind the hidden state that is read, the final norm and the pooling head."""
+        for module in (
+            *self.encoder.layers[self.depth :],
+            self.post_layernorm,
+            *([self.head] if self.use_head else []),
+        ):
             module.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]

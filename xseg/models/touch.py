@@ -55,9 +55,10 @@ def _words(model: "XSegModel") -> Tensor:
 
 
 def _picture(model: "XSegModel", *, text: bool, masks: bool) -> "ImageFeatures":
-    """Features of a black picture of one SAM block by one SigLIP patch."""
+    """Features of a black picture of a few cells."""
     sides = []
-    for part, cells in ((model.config.siglip_config, 1), (model.config.sam_config, model.config.sam_shuffle)):
+    # Four SAM cells a side leave two on the coarsest map: a group norm refuses a single one.
+    for part, cells in ((model.config.siglip_config, 1), (model.config.sam_config, 4)):
         sides.append(part.patch_size * cells if part is not None else 0)
     small, large = (torch.zeros(1, 3, side, side, device=model.device) for side in sides)
     return model.encode_images(small, large, text=text, masks=masks)

@@ -79,11 +79,17 @@ class XSegModel(PreTrainedModel):
             self.background = nn.Parameter(torch.zeros(1, decoder.width))
             if config.text_config is not None:
                 self.llm_projector = Projector(config.width, decoder.width)
-        if decoder is None and config.sam_config is not None:
-            # The blocks behind the hidden state that is read belong to a decoder that is not here.
-            for block in self.segmentor.sam.layers[config.sam_layer % (config.sam_config.num_hidden_layers + 1) :]:
-                block.requires_grad_(False)
         self.post_init()
+        self.freeze_unread()
+
+    def freeze_unread(self) -> None:
+        """Freeze what exists only so that files of the encoders load whole. ``from_pretrained`` forgets it."""
+        if hasattr(self, "siglip"):
+            self.siglip.freeze_unread()
+        if hasattr(self, "segmentor"):
+            sam = self.segmentor.sam
+            last = [self.config.sam_layer % (len(sam.layers) + 1)] if hasattr(self, "llm") else []
+            sam.freeze_unread(max([*self.segmentor.layers, *last], default=0))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
