@@ -30,8 +30,9 @@ BEFORE_THE_KINK = (
     "segmentor.pixel_decoder.level_embed",
     "segmentor.pixel_decoder.encoder.layers.0.self_attn.sampling_offsets.",
 )
-"""In one case one of the sampling locations of the first deformable layer lies on a pixel border to rounding, where the
-gradient by the location jumps: one row of the offsets differs, and with it what comes before. float64 agrees with us."""
+"""In one case one sampling location of the first deformable layer lies on a pixel border to rounding, where the
+gradient by the location jumps: one row of the offsets differs, and with it what comes before. Our float32 and float64
+agree there."""
 
 
 def found(folder: str) -> list[str]:

@@ -62,16 +62,23 @@ def sample_masks(masks: Tensor, rows: Tensor, coords: Tensor) -> Tensor:
 def _add_taps(out: Tensor, masks: Tensor, rows: Tensor, coords: Tensor) -> None:
     height, width = masks.shape[-2:]
     x, y = (coords * coords.new_tensor([width, height]) - 0.5).unbind(-1)
-    left, top = x.floor(), y.floor()
+    columns, rows_of_pixels = _pair(x, width), _pair(y, height)
     base = (rows * (height * width))[..., None]
     flat = masks.reshape(-1)
-    for column in (left, left + 1):
-        for row in (top, top + 1):
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            values = flat.index_select(0, (base + index[:, None]).flatten()).view_as(out)
-            out.addcmul_(values, weight[:, None])
+    for row, row_weight in rows_of_pixels:
+        for column, column_weight in columns:
+            index = base + (row * width + column)[:, None]
+            values = flat.index_select(0, index.flatten()).view_as(out)
+            out.addcmul_(values, (row_weight * column_weight)[:, None])
+
+
+def _pair(at: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels around each place on one axis, and their weights; a pixel outside has weight 0."""
+    low = at.floor()
+    share = at - low
+    low_weight, high_weight = (1 - share) * (low >= 0), share * (low < size - 1)
+    index = low.long()
+    return [(index.clamp(min=0), low_weight), ((index + 1).clamp(max=size - 1), high_weight)]
 
 
 @torch.no_grad()
