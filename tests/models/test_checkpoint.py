@@ -78,6 +78,16 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert "segmentor.mask_decoder" in str(reports[0]) and "fresh" in str(reports[0])
 
 
+def test_tied_embeddings_are_one_tensor_in_a_file(tmp_path: Path) -> None:
+    made = model(language="llama")
+    checkpoint.save(made, tmp_path / "s2")
+    assert "llm.lm_head.weight" not in load_file(tmp_path / "s2/model.safetensors")
+    torch.manual_seed(1)
+    again = build_model(made.config)
+    (report,) = checkpoint.overlay(again, [tmp_path / "s2"])
+    assert report.fresh == [] and torch.equal(again.llm.lm_head.weight, made.llm.get_input_embeddings().weight)
+
+
 def test_other_sizes_are_an_error_with_names(tmp_path: Path) -> None:
     checkpoint.save(model(decoder_layers=2), tmp_path / "s1")
     with pytest.raises(UserError, match=r"segmentor\.mask_decoder: segmentor\.mask_decoder\.layers\.2"):

@@ -8,6 +8,7 @@ from model_cases import CATEGORIES, TALK, TWO_TURNS, alone, batch, kinds, model
 from torch import Tensor
 
 from xseg.errors import UserError
+from xseg.models.mask_decoder import Groups
 from xseg.types import Batch, ModelOutput
 
 torch.set_num_threads(1)
@@ -162,3 +163,19 @@ def test_shared_images_are_encoded_once_and_read_by_all() -> None:
     twice = dataclasses.replace(shared, image_slot=slots, query_image=torch.tensor([1]), **pixels)
     torch.testing.assert_close(made(shared).mask_logits, made(twice).mask_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made(shared).lm_logits, made(twice).lm_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "deformable"])
+@torch.no_grad()
+def test_encoder_and_decoder_compile_into_one_graph(decoder: str) -> None:
+    made, whole = model(pixel_decoder=decoder).eval(), kinds()["phrases"]
+    groups = Groups(whole.query_image * 2 + whole.query_slot, 2, 2)
+    seg = torch.randn(3, 32)
+
+    def decode(pixels: Tensor, seg: Tensor) -> tuple[Tensor, Tensor]:
+        maps = made.segmentor.maps(made.segmentor.sam(pixels, made.segmentor.layers))
+        return made.segmentor.mask_decoder(*maps, seg, groups)
+
+    compiled = torch.compile(decode, backend="eager", fullgraph=True)
+    for ours, plain in zip(compiled(whole.mask_pixels, seg), decode(whole.mask_pixels, seg), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

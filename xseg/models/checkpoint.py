@@ -132,7 +132,10 @@ def _replaced(model: XSegModel, name: str) -> bool:
 def assign(model: XSegModel, state: Mapping[str, Tensor], source: str) -> LoadReport:
     """Copy every tensor that has a place of the same shape, and report the rest."""
     own, report = model.state_dict(), LoadReport(source)
-    report.fresh = [n for n in own if n not in state]
+    # Files hold one of two tied parameters.
+    identity = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    given = {identity[n] for n in state if n in identity}
+    report.fresh = [n for n in own if n not in state and identity.get(n) not in given]
     fits = {}
     for name, value in state.items():
         if name not in own:

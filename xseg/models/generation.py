@@ -12,12 +12,13 @@ from transformers import DynamicCache
 
 from xseg.errors import UserError
 from xseg.models import llm
+from xseg.models.features import ImageFeatures
 from xseg.models.splice import Layout
 from xseg.tokens import IGNORE_LABEL
 from xseg.types import Batch, ModelOutput
 
 if TYPE_CHECKING:
-    from xseg.models.xseg import ImageFeatures, XSegModel
+    from xseg.models.xseg import XSegModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def generate(
     model: "XSegModel",
     batch: Batch,
     limits: tuple[int, tuple[int, ...]],
-    features: "ImageFeatures | None",
+    features: ImageFeatures | None,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
 ) -> Generated:
     """Answer each prompt of ``batch`` greedily, then decode.

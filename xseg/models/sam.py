@@ -38,6 +38,10 @@ class SamEncoder(SamVisionEncoder):
         for module in (self.neck, *self.layers[last:]):
             module.requires_grad_(False)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside of transformers the library passes over modules without parameters of their own.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

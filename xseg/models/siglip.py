@@ -1,6 +1,6 @@
 """SigLIP and SigLIP2 (fixed resolution) from transformers, stopped at the hidden state that is read."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 
@@ -14,6 +14,10 @@ class SiglipEncoder(SiglipVisionModel):
     def __init__(self, config: SiglipVisionConfig, layer: int) -> None:
         super().__init__(config)
         self.depth = layer % (config.num_hidden_layers + 1)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside of transformers the library passes over modules without parameters of their own.
+        super()._initialize_weights(module)
 
     def freeze_unread(self) -> None:
         """Freeze the blocks behind the hidden state that is read, the final norm and the pooling head."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from xseg.models import llm
+from xseg.models.features import ImageFeatures
 from xseg.models.mask_decoder import Groups
 from xseg.types import ModelOutput
 
 if TYPE_CHECKING:
-    from xseg.models.xseg import ImageFeatures, XSegModel
+    from xseg.models.xseg import XSegModel
 
 
-def touched(model: "XSegModel", output: ModelOutput, features: "ImageFeatures", hidden: Tensor | None) -> ModelOutput:
+def touched(model: "XSegModel", output: ModelOutput, features: ImageFeatures, hidden: Tensor | None) -> ModelOutput:
     """``output`` with its ``touch``."""
     zeros = [corner(output.lm_logits), corner(output.mask_logits), output.class_logits[..., -1].sum() * 0]
     if hidden is None and hasattr(model, "llm"):
@@ -54,7 +55,7 @@ def _words(model: "XSegModel") -> Tensor:
     return llm.hidden_states(model.llm, rows, torch.ones(1, 1, dtype=torch.bool, device=model.device))
 
 
-def _picture(model: "XSegModel", *, text: bool, masks: bool) -> "ImageFeatures":
+def _picture(model: "XSegModel", *, text: bool, masks: bool) -> ImageFeatures:
     """Features of a black picture of a few cells."""
     sides = []
     # Four SAM cells a side leave two on the coarsest map: a group norm refuses a single one.
@@ -64,7 +65,7 @@ def _picture(model: "XSegModel", *, text: bool, masks: bool) -> "ImageFeatures":
     return model.encode_images(small, large, text=text, masks=masks)
 
 
-def _decoder(model: "XSegModel", spare: "ImageFeatures") -> list[Tensor]:
+def _decoder(model: "XSegModel", spare: ImageFeatures) -> list[Tensor]:
     """One query through mask decoder, class head and projection."""
     assert spare.maps is not None
     zero = torch.zeros(1, dtype=torch.long, device=model.device)

@@ -1,7 +1,6 @@
 """The composite model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import initialization as init
 from xseg.errors import UserError
 from xseg.models import generation, llm, touch
 from xseg.models.configuration import XSegConfig
+from xseg.models.features import ImageFeatures
 from xseg.models.initialise import initialise
 from xseg.models.mask_decoder import Groups
 from xseg.models.projector import Projector, unshuffle
@@ -20,18 +20,6 @@ from xseg.models.segmentor import Segmentor
 from xseg.models.siglip import SiglipEncoder
 from xseg.models.splice import Layout
 from xseg.types import Batch, ModelOutput
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """What the encoders say about I images; a session keeps it. None = not computed or no such part."""
-
-    rows: Tensor | None
-    """(I, r, D) rows of the language model: SigLIP's first, then SAM's."""
-    cells: Tensor | None
-    """(I, h, w, D) the SAM rows as a map, for visual prompts."""
-    maps: tuple[Tensor, list[Tensor]] | None
-    """Mask features (I, d, h, w) and the maps for the mask decoder."""
 
 
 class XSegModel(PreTrainedModel):
@@ -91,6 +79,10 @@ class XSegModel(PreTrainedModel):
             last = [self.config.sam_layer % (len(sam.layers) + 1)] if hasattr(self, "llm") else []
             sam.freeze_unread(max([*self.segmentor.layers, *last], default=0))
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside of transformers the library passes over modules without parameters of their own.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
@@ -98,7 +90,7 @@ class XSegModel(PreTrainedModel):
             init.normal_(self.background)
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Answer a batch; see the class for the steps. Any part may be missing: text, images, queries."""
+        """Answer a batch; any part may be missing: text, images, queries."""
         text, masks = batch.input_ids.shape[1] > 0, batch.max_queries > 0
         features = self.encode_images(batch.llm_pixels, batch.mask_pixels, text=text, masks=masks)
         layout, hidden = self.read(batch, features) if text else (None, None)
