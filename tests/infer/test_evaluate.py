@@ -7,7 +7,7 @@ from oracle import oracle, shapes
 from xseg.config import Suite, SuiteRow, TaskSpec
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
-from xseg.infer.evaluate import Evaluation, evaluate
+from xseg.infer.evaluate import Evaluation, evaluate, share_images
 
 ROWS = ["shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val"]
 
@@ -94,3 +94,15 @@ def test_a_row_may_replace_the_task(root: Path, tmp_path: Path) -> None:
     row = SuiteRow(recipe=ROWS[0], task=TaskSpec(name="generic_seg", outputs=["semantic"]))
     results = evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
     assert {r["metric"] for r in results["rows"]} == {"mIoU"}
+
+
+def test_sentences_about_one_picture_share_it(root: Path, tmp_path: Path) -> None:
+    predictor = oracle()
+    evaluate(predictor, suite(ROWS[1]), Evaluation(root, tmp_path, batch_size=64))
+    [batch] = predictor.model.seen
+    assert len(batch.mask_pixels) == len(batch.llm_pixels) == len(batch.geometry) == 5
+    pairs = {(int(i), int(s)) for i, s in zip(batch.query_image, batch.query_slot, strict=True)}
+    assert len(pairs) == len(batch.query_image) > 5 and max(s for _, s in pairs) == batch.max_queries - 1
+    assert batch.image_slot[:, 0].tolist() == list(range(len(batch.keys)))
+    assert batch.image_slot[:, 2].tolist() == batch.query_image.tolist()
+    assert share_images(batch, list("abcde")) is batch

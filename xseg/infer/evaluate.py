@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from itertools import pairwise
@@ -113,12 +114,44 @@ def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> l
     if dataset.task.eval_mode == "generate":
         texts, queries, output = _generate(predictor, batch)
     else:
-        texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(batch)
+        shared = share_images(batch, [str(image) for sample in found for image in sample.images])
+        texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(shared)
     places = zip(queries, _geometries(encoded), texts, strict=True)
     return [
         (sample, dataset.task.decode(output, rows, sample, g, text))
         for sample, (rows, g, text) in zip(found, places, strict=True)
     ]
+
+
+def share_images(batch: Batch, names: Sequence[str]) -> Batch:
+    """Keep each picture of a batch once, so that the encoders see it once; ``names`` tells equal ones, (I,).
+
+    The sentences about one image are samples of their own and stand side by side in a data set.
+    """
+    first = {name: k for k, name in reversed(list(enumerate(names)))}
+    kept = sorted(first.values())
+    if len(kept) == len(batch.geometry):
+        return batch
+    place = {k: new for new, k in enumerate(kept)}
+    move = torch.tensor([place[first[name]] for name in names], device=batch.query_image.device)
+    query_image = move[batch.query_image]
+    count: Counter[int] = Counter()
+    slots = []
+    for image in query_image.tolist():
+        slots.append(count[image])
+        count[image] += 1
+    image_slot = torch.cat([batch.image_slot[:, :2], move[batch.image_slot[:, 2:]]], 1)
+    return dataclasses.replace(
+        batch,
+        llm_pixels=batch.llm_pixels[kept],
+        mask_pixels=batch.mask_pixels[kept],
+        image_slot=image_slot,
+        query_image=query_image,
+        query_slot=torch.tensor(slots, dtype=torch.int64, device=move.device),
+        prompt_image=move[batch.prompt_image],
+        geometry=tuple(batch.geometry[k] for k in kept),
+        max_queries=max(count.values(), default=0),
+    )
 
 
 def _generate(predictor: Predictor, batch: Batch) -> tuple[list[str], list[list[int]], ModelOutput | None]:

@@ -100,7 +100,7 @@ class Chat:
         self.console.print(Text.assemble(("you  ", "bold cyan"), line) if not self.console.is_interactive else "")
         # a model may write anything, terminal control codes included
         said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in answer.text)
-        self.console.print(Text.assemble(("xseg ", "bold green"), said))
+        self.console.print(Text.assemble(("xseg ", "bold green"), said or "(nothing)"))
         if request.read(line).phrases and not answer.segments:
             self.console.print(Text("     the answer holds no single <SEG>, so there is no mask", style="yellow"))
         for segment, coverage in zip(answer.segments, answer.coverage, strict=True):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 270, 150, 44, 22, 24, 8
 FIRST = ("loss", "lm", "class", "mask", "dice", "pixel_class", "lr")
-"""Shown in this order; then the rest by name. Terms of single decoder layers (``mask_3``) are left out."""
+"""Shown in this order; then the rest by name."""
+HIDDEN = ("step", "data_s", "elapsed_s")
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -21,11 +22,14 @@ def read_series(path: Path) -> Series:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        flat = {**row, **(row.get("terms") or {})}
-        for name, value in flat.items():
+        if "source" in row:  # a step is of one data set: their losses are curves of their own
+            row[f"loss of {row['source']}"] = row["loss"]
+        for name, value in row.items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if number and name != "step" and not name.rsplit("_", 1)[-1].isdigit():
-                found.setdefault(name, []).append((int(row.get("step", 0)), float(value)))
+            if number and name not in HIDDEN:
+                found.setdefault(name, []).append((int(row["step"]), float(value)))
+    if len(of_source := [name for name in found if name.startswith("loss of ")]) == 1:
+        del found[of_source[0]]
     order = {name: k for k, name in enumerate(FIRST)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
@@ -48,7 +52,7 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
 
     ticks = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 5}" y="{y(v) + 3:.1f}" text-anchor="end">{v:.3g}</text>'
+        f'<text class="tick" x="{LEFT - 5}" y="{y(v) + 3:.1f}" text-anchor="end">{v:.2g}</text>'
         for v in (low, (low + high) / 2, high)
     )
     return (
@@ -57,7 +61,8 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
         f'<text class="last" x="{WIDTH - RIGHT}" y="14" text-anchor="end">{_mean(values)[-1]:.4g}</text>{ticks}'
         f'<text class="tick" x="{LEFT}" y="{HEIGHT - 6}">{first}</text>'
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>'
-        f'<polyline class="raw" points="{path(values)}"/><polyline class="mean" points="{path(_mean(values))}"/></svg>'
+        f'<polyline class="raw" fill="none" points="{path(values)}"/>'
+        f'<polyline class="mean" fill="none" points="{path(_mean(values))}"/></svg>'
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -106,9 +107,8 @@ class Demo:
         picture, phrase = self._example()
         shutil.copyfile(picture, self.out / "example.png")
         model = self.out / stage_name(self.stages[-1]) / "final"
-        files = ("--image", f"{self.out}/example.png", "--say", phrase, "--out", f"{self.out}/chat")
-        command = ("xseg", "chat", "--model", str(model), *files)
-        return Step("chat", command, self.out / "chat/example-01.png")
+        talk = ("--image", f"{self.out}/example.png", "--say", phrase, "--say", "/save", "--out", f"{self.out}/chat")
+        return Step("chat", ("xseg", "chat", "--model", str(model), *talk), self.out / "chat/conversation.json")
 
     def do(self, step: Step) -> None:
         """Run a step, unless this very command and all before it have finished earlier; record its time."""
@@ -150,20 +150,23 @@ class Demo:
         for name in dict.fromkeys(row["model"] for row in results["rows"]):
             rows = [row for row in results["rows"] if row["model"] == name]
             self.console.print(table({"suite": f"{results['suite']}, model {name}", "rows": rows}))
-        times = Table("step", "time", title="times", title_justify="left")
+        times = Table("step", "time", title="times", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name, spent in self.seconds.items():
             times.add_row(name, clock(spent))
         times.add_section()
         times.add_row("this run", clock(seconds))
         self.console.print(times)
-        for what, path in (
-            ("report", "report/index.html"),
-            ("results", "results.json"),
-            ("mask", "chat/example-01.png"),
-        ):
-            self.console.print(f"{what:8}{self.out / path}", markup=False, soft_wrap=True)
+        mask = self.out / "chat/example-01.png"
+        missing = f"none: the model wrote no <SEG> ({self.out / 'logs/chat.log'})"
+        self.tell("report", self.out / "report/index.html")
+        self.tell("results", self.out / "results.json")
+        self.tell("mask", mask if mask.exists() else missing)
         model = self.out / stage_name(self.stages[-1]) / "final"
-        self.console.print(f"talk    xseg chat --model {model} --image {self.out}/example.png", soft_wrap=True)
+        self.tell("talk", f"xseg chat --model {model} --image {self.out}/example.png")
+
+    def tell(self, what: str, where: Path | str) -> None:
+        """Print where something lies, unbroken, so that it can be copied."""
+        self.console.print(f"{what:8}{where}", markup=False, soft_wrap=True)
 
     def _start(self, path: Path) -> list[str]:
         """The setting that points ``init_from`` at this demo's own folders."""

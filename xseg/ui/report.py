@@ -48,9 +48,9 @@ def _files(run: Path, name: str) -> list[Path]:
 
 
 def _results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Evaluations of a run: every folder that holds results.json and samples.jsonl."""
+    """Evaluations of a run, the last stage's first: every folder that holds results.json and samples.jsonl."""
     out = []
-    for path in _files(run, "results.json"):
+    for path in reversed(_files(run, "results.json")):
         if (path.parent / "samples.jsonl").is_file():
             out.append((path.parent, json.loads(path.read_text(encoding="utf8"))))
     return out
@@ -71,7 +71,7 @@ def _galleries(
 
 def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     facts = []
-    for _, found in results[-1:]:
+    for _, found in results[:1]:
         commit = (found.get("commit") or "no git checkout")[:12]
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         facts = [f"commit {commit}", versions]
@@ -82,7 +82,8 @@ def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 def _table(place: Path, found: dict[str, Any]) -> str:
     """One table per evaluation; blind baselines stand in a column of their own."""
     blind = {_row_key(r): r["value"] for r in found["rows"] if r["protocol"].startswith(BLIND)}
-    rows = [_row(r, blind.get(_row_key(r))) for r in found["rows"] if not r["protocol"].startswith(BLIND)]
+    shown = [r for r in found["rows"] if not r["protocol"].startswith(BLIND)]
+    rows = [_row(r, before, blind.get(_row_key(r))) for r, before in zip(shown, [{}, *shown], strict=False)]
     head = "".join(
         f'<th class="{kind}">{name}</th>'
         for name, kind in (
@@ -100,7 +101,8 @@ def _table(place: Path, found: dict[str, Any]) -> str:
     return f'<h2>{title}</h2><div class="panel"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _row(row: dict[str, Any], blind: float | None) -> str:
+def _row(row: dict[str, Any], before: dict[str, Any], blind: float | None) -> str:
+    """One line; what the line before says already is left blank."""
     low_high = "–".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else ""
     mark = "" if blind is None else f'<b style="left:{min(max(blind, 0), 100):.1f}%" title="blind {blind:.1f}"></b>'
     bar = f'<span class="bar"><i style="width:{min(max(row["value"], 0), 100):.1f}%"></i>{mark}</span>'
@@ -108,14 +110,14 @@ def _row(row: dict[str, Any], blind: float | None) -> str:
     if "published" in row:
         published = f'<span title="{_e(row.get("published_source", ""))}">{row["published"]:.1f}</span>'
     cells = (
-        (_e(row["dataset"]), ""),
+        ("" if row["dataset"] == before.get("dataset") else _e(row["dataset"]), ""),
         (_e(row["metric"]), ""),
         (f"{row['value']:.1f}{bar}", "number value"),
         (low_high, "number"),
         ("" if blind is None else f"{blind:.1f}", "number"),
         (published, "number"),
         (str(row["n"]), "number"),
-        (_e(row["protocol"]), "protocol"),
+        ("" if row["protocol"] == before.get("protocol") else _e(row["protocol"]), "protocol"),
     )
     return "<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>"
 

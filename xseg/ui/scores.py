@@ -41,12 +41,12 @@ def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, c
 def table(results: dict[str, Any]) -> Table:
     """Results with the blind baseline and the published value of the same metric beside them."""
     published = any("published" in row for row in results["rows"])
-    out = Table(title=f"suite {results['suite']}", title_justify="left", box=box.SIMPLE_HEAD)
+    out = Table(title=f"suite {results['suite']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("data set", "metric", "value", "95 %", "blind", *(["published"] if published else []), "n"):
         if name in ("data set", "metric"):
             out.add_column(name, overflow="fold")
         else:
-            out.add_column(name, justify="right", no_wrap=True, min_width=11 if name == "95 %" else 5)
+            out.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "95 %" else 4)
     blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
     last = None
     for row in results["rows"]:

@@ -1,0 +1,76 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "infer"))
+from oracle import oracle, shapes
+
+from xseg.config import Suite, SuiteRow
+from xseg.errors import UserError
+from xseg.infer.evaluate import Evaluation, evaluate
+from xseg.ui.curves import chart, read_series
+from xseg.ui.report import write_report
+
+ROWS = ["shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val"]
+
+
+def curves(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": i, "loss": 3 / i, "lm": 1 / i, "lr": 1e-3, "source": f"set{i % 2}"} for i in range(1, 40)]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 40, "lo'
+    path.write_text(text, encoding="utf8")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    root = shapes(folder / "data", 3)
+    predictor = oracle()
+    predictor.model.answers = ["<b>bold</b> & \x1b[31m"]
+    suite = Suite(name="test", rows=[SuiteRow(recipe=name) for name in ROWS])
+    suite.rows[0].published["PQ"] = 54.7
+    evaluate(predictor, suite, Evaluation(root, folder / "s3/eval"))
+    curves(folder / "s3/metrics.jsonl")
+    return folder
+
+
+def test_page_is_whole_and_loads_nothing_from_outside(run: Path) -> None:
+    page = write_report(run)
+    text = page.read_text(encoding="utf8")
+    assert "http" not in re.sub(r'lang="en"', "", text) and "<script" not in text
+    files = re.findall(r'src="([^"]+)"', text)
+    assert len(files) > 10 and all((page.parent / f).is_file() for f in files)
+    assert "54.7" in text and "Worst" in text and "blind" in text
+    assert "<b>bold" not in text and "&lt;b&gt;bold" in text
+    again = write_report(run)
+    assert again == page and not (run / "report.partial").exists()
+
+
+def test_moved_data_leaves_the_tables(run: Path, tmp_path: Path) -> None:
+    text = write_report(run, tmp_path).read_text(encoding="utf8")
+    assert "No pictures" in text and "<table>" in text
+
+
+def test_nothing_to_report_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no results\.json"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_series_split_by_source_and_survive_a_half_line(tmp_path: Path) -> None:
+    curves(tmp_path / "metrics.jsonl")
+    series = read_series(tmp_path / "metrics.jsonl")
+    assert list(series)[:3] == ["loss", "lm", "lr"] and len(series["loss"]) == 39
+    assert len(series["loss of set0"]) + len(series["loss of set1"]) == 39
+    assert "step" not in series
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0, 0.0], [1e9, -1e9], [float(i) for i in range(5000)]])
+def test_chart_stays_in_its_frame(values: list[float]) -> None:
+    svg = chart("a<b", list(enumerate(values)))
+    assert "a&lt;b" in svg and "nan" not in svg
+    points = [float(v) for row in re.findall(r'points="([^"]*)"', svg) for pair in row.split() for v in pair.split(",")]
+    assert points and min(points) >= 0 and max(points) <= 270
