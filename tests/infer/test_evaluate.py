@@ -96,6 +96,13 @@ def test_a_row_may_replace_the_task(root: Path, tmp_path: Path) -> None:
     assert {r["metric"] for r in results["rows"]} == {"mIoU"}
 
 
+def test_lines_of_instances_keep_the_likely_ones(root: Path, tmp_path: Path) -> None:
+    row = SuiteRow(recipe=ROWS[0], task=TaskSpec(name="generic_seg", outputs=["instance"]))
+    evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all(line["segments"] and min(s["score"] for s in line["segments"]) >= 0.5 for line in lines)
+
+
 def test_sentences_about_one_picture_share_it(root: Path, tmp_path: Path) -> None:
     predictor = oracle()
     evaluate(predictor, suite(ROWS[1]), Evaluation(root, tmp_path, batch_size=64))

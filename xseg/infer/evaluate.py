@@ -21,7 +21,7 @@ from xseg.data.dataset import Dataset, Preparation, load_dataset
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer.baselines import blind_guess, samples
-from xseg.infer.predictor import Predictor, device
+from xseg.infer.predictor import LEAST_SCORE, Predictor, device
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -199,10 +199,16 @@ def _run_row(
 
 
 def record(prediction: Prediction, scores: dict[str, float]) -> dict[str, Any]:
-    """What a line of samples.jsonl says of a prediction; ``scores`` are the sample's own."""
+    """What a line of samples.jsonl says of a prediction; ``scores`` are the sample's own.
+
+    Where only instances are predicted, the likely ones stand for the prediction; the hundreds of others only score.
+    """
+    shown = prediction.segments
+    if prediction.panoptic is None and not shown:
+        shown = tuple(s for s in prediction.extra.get("instances", ()) if s.score >= LEAST_SCORE)
     segments = [
         {"label": s.label, "category": s.category, "score": round(float(s.score), 4), "mask": rle.to_json(s.mask)}
-        for s in prediction.segments
+        for s in shown
     ]
     rounded = {name: round(value, 3) for name, value in scores.items()}
     return {"scores": rounded, "text": prediction.text, "segments": segments}

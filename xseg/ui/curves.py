@@ -61,8 +61,8 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
         f'<text class="last" x="{WIDTH - RIGHT}" y="14" text-anchor="end">{_mean(values)[-1]:.4g}</text>{ticks}'
         f'<text class="tick" x="{LEFT}" y="{HEIGHT - 6}">{first}</text>'
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>'
-        f'<polyline class="raw" fill="none" points="{path(values)}"/>'
-        f'<polyline class="mean" fill="none" points="{path(_mean(values))}"/></svg>'
+        f'<polyline class="raw" fill="none" stroke="#0072b2" points="{path(values)}"/>'
+        f'<polyline class="mean" fill="none" stroke="#0072b2" points="{path(_mean(values))}"/></svg>'
     )
 
 
