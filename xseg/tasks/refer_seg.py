@@ -50,9 +50,9 @@ class Task:
         if not sample.phrases:
             raise UserError(f"{sample.key}: task refer_seg needs phrases, this sample has none; check its source")
         phrases = sample.phrases
-        if train and len(phrases) > self.max_phrases:
-            drawn = sorted(rng.choice(len(phrases), self.max_phrases, replace=False))
-            phrases = tuple(phrases[i] for i in drawn)
+        if train:
+            # A new order each time, so that no phrase always has the same turns before it.
+            phrases = tuple(phrases[i] for i in rng.permutation(len(phrases))[: self.max_phrases])
         turns: list[Turn] = []
         queries = []
         for k, phrase in enumerate(phrases):

@@ -137,7 +137,8 @@ def _phrases_by_image(refs: list[Record], catalogue: _Catalogue, where: str) -> 
                 continue
             seen.add((image, objects, text))
             phrase_id = f"{ref['ref_id']}:{sentence.get('sent_id', number)}"
-            out.setdefault(image, []).append({"text": text, "objects": objects, "id": phrase_id, "kind": kind})
+            phrase = {"text": text, "objects": objects, "id": phrase_id, "kind": sentence.get("kind", kind)}
+            out.setdefault(image, []).append(phrase)
     return out
 
 
