@@ -59,6 +59,8 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index() -> None:
         assert encoded.images[0].geometry.scaled != first.images[0].geometry.scaled
     words = {data.format(1, epoch).turns[0].text for epoch in range(20)}
     assert len(words) == 3
+    alike = Dataset(ListSource([phrase_sample("x", (9, 9), ("left",))] * 20), PhraseTask(), READY)
+    assert len({alike.format(index, 0).turns[0].text for index in range(20)}) == 3, "each sample has its own wording"
     assert data.format(1, 4) == Dataset(source(), PhraseTask(), READY).format(1, 4)
 
 
