@@ -106,7 +106,7 @@ def test_no_error_is_swallowed_and_no_global_randomness(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or getattr(node.type, "id", "") in {"Exception", "BaseException"}
             assert not (broad and all(isinstance(b, ast.Pass) for b in node.body)), f"{rel(path)}:{node.lineno}"
-    assert "random" not in {n for n in imported(path)}, f"{rel(path)}: pass a generator instead of `random`"
+    assert "random" not in set(imported(path)), f"{rel(path)}: pass a generator instead of `random`"
 
 
 @pytest.mark.parametrize("path", TASK_BLIND, ids=rel)

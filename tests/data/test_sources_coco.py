@@ -31,6 +31,14 @@ def test_instances_in_every_coco_form(tmp_path: Path) -> None:
     assert [s.key for s in source] == ["mini/val/7", "mini/val/9"]
 
 
+def test_a_recipe_may_name_its_images(tmp_path: Path) -> None:
+    coco_file(tmp_path)
+    source = load_source("coco", tmp_path, "val", {**INSTANCES, "image_ids": [9, 7]})
+    assert [s.image_id for s in source] == [9, 7]
+    with pytest.raises(UserError, match=r"image_ids: \[8\] not among its 2 images"):
+        load_source("coco", tmp_path, "val", {**INSTANCES, "image_ids": [9, 8]})
+
+
 def test_panoptic_ids_crowd_and_stuff(tmp_path: Path) -> None:
     panoptic_file(tmp_path)
     source = load_source("coco", tmp_path, "val", PANOPTIC)

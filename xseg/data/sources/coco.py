@@ -1,6 +1,6 @@
 """COCO annotations: an instances JSON (polygons or RLE), or a panoptic JSON with its folder of id PNGs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ class Source:
 
     Exactly one of ``instances`` and ``panoptic_json`` is given; ``panoptic_dir`` defaults to the JSON's path without
     its suffix. With ``instances`` every image of the JSON is a sample, annotated or not; a panoptic image needs its
-    record. Objects without a single pixel are left out. ``name`` starts the keys: ``name/split/image id``.
+    record. Objects without a single pixel are left out. ``image_ids`` keeps only those images, in this order; an id
+    that the JSON does not list is an error. ``name`` starts the keys: ``name/split/image id``.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Source:
         instances: str | None = None,
         panoptic_json: str | None = None,
         panoptic_dir: str | None = None,
+        image_ids: Sequence[int | str] | None = None,
         name: str = "coco",
     ) -> None:
         if (instances is None) == (panoptic_json is None):
@@ -41,7 +43,8 @@ class Source:
         self.categories: Categories | None = read_categories(data, str(self.path))
         self.index = category_index(self.categories)
         group = group_instances if self.id_maps is None else group_segments
-        self.records: Packed[tuple[dict[str, Any], Any]] = Packed(group(data, self.index, str(self.path)))
+        grouped = group(data, self.index, str(self.path))
+        self.records: Packed[tuple[dict[str, Any], Any]] = Packed(_chosen(grouped, image_ids, str(self.path)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -128,6 +131,19 @@ def check_category(category: Any, index: Mapping[int, int], where: str) -> None:
             f"{where}: category_id {category!r} is not among the {len(index)} ids of 'categories': every annotation "
             f"needs a listed category; add the category or correct the id"
         )
+
+
+def _chosen(
+    grouped: Iterable[tuple[dict[str, Any], Any]], image_ids: Sequence[int | str] | None, where: str
+) -> Iterable[tuple[dict[str, Any], Any]]:
+    """The records of ``image_ids``, in that order; all of them when it is None."""
+    if image_ids is None:
+        return grouped
+    by_id = {record[0]["id"]: record for record in grouped}
+    missing = [i for i in image_ids if i not in by_id]
+    if missing:
+        raise UserError(f"{where}: image_ids: {missing} not among its {len(by_id)} images; correct the recipe's list")
+    return [by_id[i] for i in image_ids]
 
 
 def group_instances(data: Any, index: Mapping[int, int], where: str) -> list[tuple[dict[str, Any], list[Any]]]:
