@@ -100,7 +100,7 @@ class LossWeights(Recipe):
     """Weights and sampling of the criterion (X-SAM section 3.3; Mask2Former)."""
 
     lm: float = 1.0
-    class_: float = Field(2.0, alias="class")
+    class_: float = Field(default=2.0, alias="class")
     mask: float = 5.0
     dice: float = 5.0
     background: float = 0.1
@@ -109,11 +109,11 @@ class LossWeights(Recipe):
     """Where masks are compared: "sampled" = ``num_points`` points per mask (PointRend); "grid" = every pixel of the
     prediction grid, targets averaged down (cheap for small canvases); "canvas" = every pixel of the canvas,
     predictions upsampled."""
-    num_points: int = Field(12544, ge=1)
+    num_points: int = Field(default=12544, ge=1)
     """"sampled": points per mask."""
-    oversample: float = Field(3.0, ge=1)
+    oversample: float = Field(default=3.0, ge=1)
     """"sampled": candidate points drawn per point used."""
-    importance: float = Field(0.75, ge=0, le=1)
+    importance: float = Field(default=0.75, ge=0, le=1)
     """"sampled": part of the points taken from the least certain candidates; the rest is uniform."""
     pixel_class: float = 0.0
     """Weight of the dense class loss on mask features (not in X-SAM; needs ``segmentor.pixel_classifier``)."""

@@ -95,7 +95,8 @@ class Task:
         logits = output.class_logits[-1, queries[0]]
         # in a mixed batch the concept columns are padded before the background column
         logits = logits[:, [*range(count), logits.shape[1] - 1]]
-        id_map, segments, semantic = None, [], None
+        segments: list[Segment] = []
+        id_map = semantic = None
         if "panoptic" in self.outputs:
             id_map, segments = postprocess.panoptic(
                 mask_logits,
