@@ -54,7 +54,7 @@ def _top(
 def demo_command(
     out: Out = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Stages: a folder under train_stages.")] = "tiny",
-    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 20000,
+    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 8000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data and, if not 0, of the stages.")] = 0,
 ) -> None:
     """The whole walk on ShapeWorld: data, three stages, evaluation, report, one chat turn."""
@@ -114,13 +114,14 @@ def shapes_command(
     val_images: Annotated[int, typer.Option(min=1, help="Images for evaluation.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other scenes.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of an image in pixels.")] = 128,
+    hard: Annotated[bool, typer.Option("--hard", help="Smaller and more objects of more kinds.")] = False,
 ) -> None:
     """Write ShapeWorld (train, val, overfit) in the formats of COCO, RefCOCO and LLaVA."""
     from rich.console import Console
 
     from xseg.ui.shapes import write_shapes
 
-    write_shapes(out, images, val_images, seed, size, Console())
+    write_shapes(out, images, val_images, seed, size=size, hard=hard, console=Console())
 
 
 @data.command("show")

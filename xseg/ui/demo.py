@@ -28,6 +28,8 @@ from xseg.ui.scores import table
 
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY = 2 * GIB, 3 * GIB
+SIDE = 96
+"""Pixels of a ShapeWorld image: what the tiny model sees."""
 SUITES = {"overfit": "overfit"}
 """The suite of a recipe; of all others: shapes."""
 PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
@@ -75,7 +77,7 @@ class Demo:
     def training(self) -> list[Step]:
         """The data, then every stage; a stage starts from the folders of this demo's earlier stages."""
         data = self.out / "data"
-        size = ("--images", str(self.images), "--seed", str(self.seed))
+        size = ("--images", str(self.images), "--size", str(SIDE), "--seed", str(self.seed))
         write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", *size)
         steps = [Step("data", write, data / "shapes/val/shapeworld.json")]
         accelerate = find("zero2", "train_stages/accelerate")
