@@ -39,7 +39,11 @@ def test_what_the_model_froze_stays_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("matches", "words"),
-    [(["encodr"], "did you mean 'encoder'"), (["ncoder"], "begin of the name"), ([".*", "head"], "above it took all 2")],
+    [
+        (["encodr"], "did you mean 'encoder'"),
+        (["ncoder"], "begin of the name"),
+        ([".*", "head"], "above it took all 2"),
+    ],
 )
 def test_an_entry_without_parameters_is_an_error(matches: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):

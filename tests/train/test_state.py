@@ -74,10 +74,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_loadable(acc: Accelerator, tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files beyond 100 kB fail as on a full disk
     try:
-        with pytest.raises(UserError, match="step_6: cannot be written.*still loadable: step_3.*--resume auto"):
+        with pytest.raises(UserError, match=r"step_6: cannot be written.*still loadable: step_3.*--resume auto"):
             state.save(acc, tmp_path, 6, RECIPE, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_3"], "nothing half-written stays"
     torch.nn.init.zeros_(net.weight)
     assert state.restore(acc, state.newest(acc, tmp_path) or tmp_path, RECIPE) == 3
     assert torch.equal(net.weight, before)

@@ -97,7 +97,8 @@ def read_config(folder: Path) -> XSegConfig:
     if kind != XSegConfig.model_type:
         raise UserError(
             f"{path}: model_type = {kind!r}: only '{XSegConfig.model_type}' folders open here; convert a released "
-            "X-SAM checkpoint with `xseg import x-sam`, and name other language models in a model recipe under llm"
+            "X-SAM checkpoint with xseg.models.checkpoint.load_official, and name other language models in a model "
+            "recipe under llm"
         )
     return XSegConfig.from_pretrained(folder)
 

@@ -1,5 +1,6 @@
 """The training loop: one function from a stage to ``out/final``, with every step of it in plain sight."""
 
+import errno
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,3 +156,9 @@ def own_trouble(rank: int) -> Iterator[None]:
     except UserError as error:
         error.add_note(f"on rank {rank}")
         raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        full = UserError(f"{error.filename or 'the run folder'}: disk full; free some space, then --resume auto")
+        full.add_note(f"on rank {rank}")
+        raise full from error

@@ -18,6 +18,8 @@ from accelerate.utils import broadcast_object_list
 from xseg.errors import UserError
 
 STATE = "state.json"
+TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "write failed", "inline_container")
+"""What torch's zip writer says, as a RuntimeError without an error number, when the disk takes no more."""
 FREE = {
     "stage",
     "steps",
@@ -148,8 +150,9 @@ def full_disk(final: Path) -> Iterator[None]:
         yield
     except Exception as error:
         written = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        if not (written or "PytorchStreamWriter" in str(error) or "write failed" in str(error)):
+        if not (written or any(word in str(error) for word in TORCH_WRITE_FAULTS)):
             raise
+        shutil.rmtree(final.parent / f".{final.name}.tmp", ignore_errors=True)
         older = sorted(p.name for p in final.parent.glob("step_*") if (p / STATE).is_file())
         kept = f"complete before it and still loadable: {', '.join(older)}" if older else "no earlier one is complete"
         raise UserError(
