@@ -110,13 +110,19 @@ def test_queries_are_the_rows_of_the_sample_in_the_batch() -> None:
 
 def test_phrases_are_turns_of_their_own_in_lower_case() -> None:
     task, sample = refer_seg.Task(), refer_seg.Task.example()
-    formatted = task.format(sample, rng(0), train=True)
+    texts = ["the left circle", "the right circle", "the green square"]
+    targets = dict(zip(texts, [(0,), (1,), ()], strict=True))
+    orders = set()
+    for seed in range(8):
+        formatted = task.format(sample, rng(seed), train=True)
+        asked = [spans(t.text)[0] for t in formatted.turns[::2]]
+        orders.add(tuple(asked))
+        assert sorted(asked) == sorted(texts)
+        assert [q.instances for q in formatted.queries] == [targets[text] for text in asked]
+    assert len(orders) > 1, "training asks in a new order each time"
+    formatted = task.format(sample, rng(0), train=False)
     assert [t.role for t in formatted.turns] == ["user", "assistant"] * 3
-    assert [spans(t.text) for t in formatted.turns[::2]] == [
-        ["the left circle"],
-        ["the right circle"],
-        ["the green square"],
-    ]
+    assert [spans(t.text) for t in formatted.turns[::2]] == [[text] for text in texts]
     assert [(q.seg, q.concepts, q.instances, q.classes) for q in formatted.queries] == [
         (0, (0,), (0,), (0,)),
         (1, (1,), (1,), (0,)),
