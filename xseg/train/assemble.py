@@ -42,6 +42,7 @@ def load_data(stage: Stage) -> Data:
     )
     for dataset in datasets:
         _check_first_image(dataset)
+        _check_head(stage, dataset)
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
     return Data(processor, datasets, factors, labels)
 
@@ -54,6 +55,18 @@ def _check_first_image(dataset: Dataset) -> None:
     for image in sample.images:
         if isinstance(image, Path) and not image.is_file():
             raise UserError(f"{sample.key}: image {image}: no such file; check data_root and the recipe")
+
+
+def _check_head(stage: Stage, dataset: Dataset) -> None:
+    """A linear head answers queries without concepts, a concept head queries with them."""
+    queries = dataset.format(0).queries if len(dataset) else ()
+    head = stage.recipe.head
+    if any(bool(query.concepts) == (head == "labels") for query in queries):
+        other, asks = ("concepts", "by text") if head == "labels" else ("labels", "for a fixed label list")
+        raise UserError(
+            f"head: {head}: the task of {dataset.sample(0).key} asks {asks}; set head: {other}, or give that data set "
+            "another task (option labels: fixed belongs to head: labels)"
+        )
 
 
 def _label_list(stage: Stage, datasets: Sequence[Dataset]) -> Categories:

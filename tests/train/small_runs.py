@@ -1,0 +1,42 @@
+"""A stage of a few thousand weights on a handful of pictures, and how its run is read."""
+
+import json
+from pathlib import Path
+
+from xseg.data.shapeworld.write import write
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "train_stages/tiny"
+SMALL = (
+    "model_overrides={sam: {image_size: 48, hidden_size: 32, mlp_dim: 64, num_hidden_layers: 2, global_attn_indexes: "
+    "[0, 1], num_attention_heads: 2, stem: patch}, siglip: {image_size: 48, hidden_size: 32, intermediate_size: 64, "
+    "num_hidden_layers: 2, num_attention_heads: 2}, llm: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: "
+    "2, num_attention_heads: 2, num_key_value_heads: 2}, segmentor: {width: 32, connector_width: 32, connector_layers: "
+    "[1, 1, 2], num_queries: 12, decoder_layers: 2, heads: 2, ffn: 64, pixel_classifier: true}}"
+)
+COMMON = ["num_workers=0", "precision=fp32", "schedule.warmup=0", "batch_size=2", "save_every=2"]
+SAMPLED = ("loss.points=sampled", "loss.num_points=64")
+
+
+TIMINGS = {"data_s", "images_per_s", "elapsed_s"}
+
+
+def pictures(root: Path) -> Path:
+    """Write twelve ShapeWorld pictures; return the data root."""
+    write(root / "shapes/train", 12, seed=3, size=48)
+    return root
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every step."""
+    return [row["loss"] for row in metrics(out)]
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    """Metrics without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]

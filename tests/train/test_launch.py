@@ -1,0 +1,80 @@
+"""Runs as users start them: `accelerate launch` with DeepSpeed on CPU, one process or two, killed or not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import COMMON, ROOT, SAMPLED, SMALL, TINY, losses, metrics, pictures, untimed
+
+from xseg.models import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data"))
+
+
+def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start stage 1 in a process group of its own."""
+    config = str(ROOT / f"train_stages/accelerate/{kind}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "xseg.train"]
+    stage = [str(TINY / "s1_segmentor.yaml"), "--set", SMALL, f"out={out}", f"data_root={data}", *COMMON, *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = (out.parent / f"{out.name}.log").open("a")
+    return subprocess.Popen(
+        [*command, *stage, *flags], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
+    )
+
+
+def finished(process: subprocess.Popen, out: Path) -> str:
+    """Wait for a run that should do well; return what it said."""
+    status = process.wait(timeout=250)
+    said = (out.parent / f"{out.name}.log").read_text()
+    assert status == 0, said
+    return said
+
+
+def test_kill_nine_under_zero2(data: Path, tmp_path: Path) -> None:
+    settings = ("steps=40", "save_every=5", *SAMPLED)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finished(launch("zero2", data, whole, *settings), whole)
+    process = launch("zero2", data, cut, *settings)
+    deadline = time.monotonic() + 250
+    while not (cut / "checkpoints/step_10").is_dir():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (cut / "final").exists()
+    assert "resumed from" in finished(launch("zero2", data, cut, *settings, flags=("--resume", "auto")), cut)
+    assert untimed(metrics(cut)) == untimed(metrics(whole))
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), [("zero1", 4), ("zero3", 4), ("cpu2", 2)])
+def test_every_launcher_trains_the_same_run(kind: str, batch_size: int, data: Path, tmp_path: Path) -> None:
+    settings = ("steps=4", "loss.points=grid", "clip=1.0")
+    alone, other = tmp_path / "single", tmp_path / kind
+    finished(launch("single", data, alone, *settings, "batch_size=4"), alone)
+    finished(launch(kind, data, other, *settings, f"batch_size={batch_size}"), other)
+    assert losses(other) == pytest.approx(losses(alone), rel=2e-4)
+    assert [row["grad_norm"] for row in metrics(other)] == pytest.approx(
+        [row["grad_norm"] for row in metrics(alone)], rel=2e-3
+    )
+    first, second = (checkpoint.read_weights(run / "final") for run in (alone, other))
+    assert first.keys() == second.keys()
+    assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
+
+
+def test_the_trouble_of_one_rank_is_told(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = launch("cpu2", tmp_path, out, "steps=4")
+    assert process.wait(timeout=250) != 0
+    said = (tmp_path / "run.log").read_text()
+    lines = [line for line in said.splitlines() if line.startswith("xseg.train:")]
+    assert len(lines) == 1 and "panoptic.json" in lines[0] and "exitcode  : 2" in said
