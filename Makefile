@@ -3,13 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all overfit real bench check clean
+.PHONY: demo test test-all overfit photos bench clean compiler
 
 demo: compiler $(READY)
 	$(BIN)/xseg demo --out runs/demo
 
 overfit: compiler $(READY)
 	$(BIN)/xseg demo --recipe overfit --out runs/overfit
+
+# Photographs by heart; DATA is the folder that the paths in data_recipes/photos start from.
+LAUNCH := $(BIN)/accelerate launch --config_file train_stages/accelerate/zero2.yaml -m xseg.train
+photos: compiler $(READY)
+	$(LAUNCH) train_stages/real/s1_segmentor.yaml --set data_root=$(DATA) --resume auto
+	$(LAUNCH) train_stages/real/s3_mixed.yaml --set data_root=$(DATA) --resume auto
+	$(BIN)/xseg eval --model runs/real/s3/final --suite real --root $(DATA) --out runs/real/s3/eval
+	$(BIN)/xseg report runs/real
 
 test: $(READY)
 	$(BIN)/ruff check .
@@ -32,9 +40,8 @@ $(READY): pyproject.toml constraints.txt
 
 # DeepSpeed compiles one small operator on its first CPU run; say so before any work is done.
 compiler:
-	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || { \
+	@command -v $${CXX:-c++} >/dev/null 2>&1 || { \
 	echo "xseg: DeepSpeed on CPU needs a C++ compiler, and none was found: install one (Debian: apt-get install g++), then run make again" >&2; exit 2; }
-.PHONY: compiler
 
 clean:
 	rm -rf .venv runs dist build

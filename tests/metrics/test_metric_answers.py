@@ -85,3 +85,9 @@ def test_constant_panoptic_map_is_the_commonest_category_at_each_place() -> None
     assert 50 < mean.compute()[0].value < 67
     assert blind.mean_map([]).max() == -1
     assert blind.constant_panoptic(np.full((8, 8), -1), scene()).segments == ()
+
+
+def test_numbers_keep_their_points_and_signs() -> None:
+    assert normalise("It is 1.5.") == "it is 1.5" != normalise("It is 15")
+    assert normalise("-3") != normalise("3") == normalise("3!")
+    assert normalise("A red-hot, round one.<|end|>") == "a redhot round one"

@@ -146,7 +146,7 @@ def test_phrase_of_several_instances_and_crowds() -> None:
     instances = (*sample.instances, Instance(1, -1, is_crowd=True))
     both = dataclasses.replace(sample, instances=instances, phrases=(Phrase("the circles", (0, 1, 2)),))
     (query,) = refer_seg.Task().format(both, rng(0)).queries
-    assert query.instances == (0, 1) and query.classes == (0, 0)
+    assert query.instances == (0, 1, 1) and query.classes == (0, 0, 0), "a named crowd is a target"
 
 
 def test_many_phrases_are_drawn_in_training_and_all_kept_in_evaluation() -> None:

@@ -48,6 +48,8 @@ def test_finished_steps_are_skipped_until_one_has_to_run(tmp_path: Path, monkeyp
     assert go() == []
     (tmp_path / "b").unlink()
     assert go() == ["b", "c"]
+    monkeypatch.setattr(module, "fingerprint", lambda recipes: "another recipe")
+    assert go() == ["a", "b", "c"], "what another recipe made is no result of this one"
 
 
 @pytest.mark.parametrize(("status", "makes", "expected"), [(2, True, 2), (1, True, 1), (-9, True, 1), (0, False, 1)])

@@ -57,18 +57,22 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     partial = run.out / "samples.jsonl.partial"
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
-    with partial.open("w", encoding="utf8") as lines:
-        for row in suite.rows:
-            recipe = load_recipe(DataRecipe, row.recipe)
-            spec = task_for(predictor, row.task or recipe.task)
-            if spec is None:
-                run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2 has none)")
-                continue
-            found, seconds, count = _run_row(predictor, row, spec, run, lines)
-            rows += found
-            speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
-    if not speed:
-        raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
+    try:
+        with partial.open("w", encoding="utf8") as lines:
+            for row in suite.rows:
+                recipe = load_recipe(DataRecipe, row.recipe)
+                spec = task_for(predictor, row.task or recipe.task)
+                if spec is None:
+                    run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
+                    continue
+                found, seconds, count = _run_row(predictor, row, spec, run, lines)
+                rows += found
+                speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
+        if not speed:
+            raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
+    except BaseException:
+        partial.unlink()
+        raise
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
     results = {**head, "rows": rows, "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
@@ -251,15 +255,19 @@ def _check_labels(predictor: Predictor, dataset: Dataset, name: str) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout xseg runs from, or None outside one."""
+    """The commit of the checkout xseg runs from, "+dirty" when files differ from it, or None outside one."""
     here = Path(xseg.__file__).parent
     if not (here.parent / ".git").exists():
         return None
+    ask = ("rev-parse", "HEAD"), ("status", "--porcelain")
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+            for words in ask
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return f"{commit}+dirty" if commit and changes else commit or None
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from PIL.Image import Image
 
 from xseg import postprocess
@@ -126,9 +127,9 @@ def device(model: Any) -> torch.device:
 
 
 def opened(image: Image | str | Path) -> Image:
-    """A picture as RGB. UserError when its file is missing or cannot be decoded."""
+    """A picture as RGB, turned the way its camera says. UserError when its file is missing or cannot be decoded."""
     if isinstance(image, Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     if not Path(image).is_file():
         raise UserError(f"{image}: no such image file; give the path of a picture")
-    return read_image(Path(image), "image")
+    return ImageOps.exif_transpose(read_image(Path(image), "image"))

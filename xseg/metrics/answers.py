@@ -10,12 +10,16 @@ from xseg.metrics.bootstrap import ratio, values_with_intervals
 from xseg.types import Prediction, Sample, Score
 
 TAG = re.compile(r"<\|[^|>]*\|>|</?s>|<SEG>|</?p>")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
+POINT = re.compile(r"(?<=\d)[.,](?=\d)|(?<!\w)-(?=\d)")
+"""What is part of a number, and so of an answer: 1.5 is not 15, -3 is not 3."""
+PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without special tokens, punctuation and surplus spaces."""
-    return " ".join(TAG.sub(" ", text).lower().translate(PUNCTUATION).split())
+    """Lower case, without special tokens, surplus spaces, and punctuation other than that of numbers."""
+    text = TAG.sub(" ", text).lower()
+    kept = {match.start() for match in POINT.finditer(text)}
+    return " ".join(PUNCTUATION.sub(lambda m: m[0] if m.start() in kept else "", text).split())
 
 
 def target(sample: Sample) -> str:
@@ -33,7 +37,7 @@ class ExactMatch:
     def update(self, prediction: Prediction, sample: Sample) -> None:
         """Compare one answer."""
         right = normalise(prediction.text) == normalise(target(sample))
-        self.answers.append((str(sample.image_id or sample.key), sample.kind, right))
+        self.answers.append((str(sample.image_id), sample.kind, right))
 
     def __iadd__(self, other: Self) -> Self:
         self.answers += other.answers

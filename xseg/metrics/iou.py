@@ -82,7 +82,7 @@ def sentences(prediction: Prediction, sample: Sample) -> list[Sentence]:
             keep = ~truth.decode(sample.ignore)
             true, found = true & keep, found & keep
         inter, union = int((true & found).sum()), int((true | found).sum())
-        image = str(sample.image_id or sample.key)
+        image = str(sample.image_id)
         out.append(Sentence(image, phrase.kind, inter, union, bool(phrase.instances), bool(found.any())))
     return out
 

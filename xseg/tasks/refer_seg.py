@@ -60,7 +60,8 @@ class Task:
             question = phrasing.pick(phrasing.PHRASE, rng, train).format(phrase=phrasing.span(phrase.text.lower()))
             turns += [Turn("user", head + question), Turn("assistant", phrasing.pick(phrasing.ANSWER, rng, train))]
             named = [sample.instances[i] for i in phrase.instances]
-            rows = tuple(i.mask for i in named if not i.is_crowd)
+            # A crowd that is named is the target, as it is for the metric; left out, it would teach "not there".
+            rows = tuple(i.mask for i in named)
             negatives = self.negatives if train else "own"
             queries.append(Query(k, (k,), rows, (0,) * len(rows), negatives=negatives))
         return Formatted(tuple(turns), tuple(queries))

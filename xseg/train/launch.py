@@ -64,7 +64,7 @@ def choose_precision(recipe: StageRecipe) -> Precision:
     if recipe.precision == "auto":
         on_cpu = torch.cpu.get_capabilities()
         able = on_cpu.get("avx512_bf16") or on_cpu.get("amx_bf16")
-        half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else bool(able)
+        half = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else bool(able)
     else:
         half = recipe.precision == "bf16"
     if not half:

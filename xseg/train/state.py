@@ -32,7 +32,8 @@ FREE = {
     "keep_checkpoints",
     "num_workers",
 }
-"""Keys of a stage that may change when a run is resumed: they do not change what is learnt (or only when it ends)."""
+"""Keys of a stage that may change when a run is resumed. ``steps`` and ``epochs`` move the end, and the schedule with
+it: a lengthened run takes up the rate that the longer schedule has at that step."""
 
 
 def checkpoints(out: Path) -> dict[int, Path]:
@@ -128,9 +129,13 @@ def writing(final: Path, acc: Accelerator) -> Iterator[Path]:
         if acc.is_main_process:
             for file in temporary.rglob("*"):
                 _flush(file)
+            older = final.parent / f".{final.name}.old"
             if final.exists():
-                shutil.rmtree(final)
+                # Moved aside, not removed: a kill between the two lines must not cost both.
+                shutil.rmtree(older, ignore_errors=True)
+                final.rename(older)
             temporary.rename(final)
+            shutil.rmtree(older, ignore_errors=True)
             _flush(final.parent)
         acc.wait_for_everyone()
 

@@ -1,5 +1,6 @@
 """``xseg chat``: talk about one image in the terminal; masks come out as files and as coverage per phrase."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,6 @@ class Chat:
 
     def __init__(self, session: Session, out: Path, console: Console) -> None:
         self.session, self.out, self.console = session, out, console
-        self._written = 0
         """Number of answers written so far; names the files, also after /undo and /image."""
 
     def run(self, lines: Iterable[str], *, forgiving: bool = False) -> None:
@@ -114,8 +114,8 @@ class Chat:
         """Write the picture with its masks and the RLEs of one answer; each file appears complete or not at all."""
         assert self.session.image is not None
         self.out.mkdir(parents=True, exist_ok=True)
-        self._written += 1
-        stem = f"{self.session.name}-{self._written:02d}"
+        numbers = (f"{self.session.name}-{n:02d}" for n in itertools.count(1))
+        stem = next(stem for stem in numbers if not (self.out / f"{stem}.png").exists())
         picture, masks = self.out / f"{stem}.png", self.out / f"{stem}.json"
         partial = self.out / f"{stem}.partial"
         overlay(self.session.image, answer.segments).save(partial, format="PNG")

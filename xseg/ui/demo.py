@@ -1,5 +1,6 @@
 """``xseg demo``: the whole walk on ShapeWorld, step by step, each step a command that a person could type."""
 
+import hashlib
 import json
 import os
 import re
@@ -57,6 +58,8 @@ class Demo:
         if not self.stages:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
         self.suite = SUITES.get(recipe, "shapes")
+        recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
+        self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite])))
         self.record = out / "demo.json"
         self.seconds: dict[str, float] = {}
         self.changed = False
@@ -118,7 +121,8 @@ class Demo:
         earlier = done.get(step.name, {})
         line = shlex.join(step.command)
         self.console.print(Text.assemble(("\n$ ", "bold green"), (line, "bold")), soft_wrap=True)
-        if not self.changed and earlier.get("command") == line and step.makes.exists():
+        same = earlier.get("command") == line and earlier.get("made_by") == self.made_by
+        if not self.changed and same and step.makes.exists():
             self.console.print(f"done before, in {clock(earlier['seconds'])}", style="dim")
             self.seconds[step.name] = earlier["seconds"]
             return
@@ -131,7 +135,8 @@ class Demo:
             why = f"status {status}" if status else f"it did not write {step.makes}"
             self.console.print(Text(f"demo: {step.name} failed ({why}); its output is in {log}", style="bold red"))
             raise typer.Exit(2 if status == 2 else 1)
-        done[step.name] = {"command": line, "seconds": round(self.seconds[step.name], 1)}
+        seconds = round(self.seconds[step.name], 1)
+        done[step.name] = {"command": line, "made_by": self.made_by, "seconds": seconds}
         write_json(self.record, done)
 
     def merge(self) -> dict[str, Any]:
@@ -185,6 +190,16 @@ class Demo:
                 if named and isinstance(sample.images[0], Path):
                     return sample.images[0], named[0]
         raise UserError(f"suite {self.suite}: no phrase that names something; add a referring data set")
+
+
+def fingerprint(recipes: Sequence[Path]) -> str:
+    """A digest of xseg's code and of recipe files and folders, so that a change of either does a step anew."""
+    digest = hashlib.sha256()
+    for root in (Path(__file__).parent.parent, *recipes):
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in {".py", ".yaml"})
+        for file in files:
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def precheck(out: Path) -> None:

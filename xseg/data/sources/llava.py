@@ -40,7 +40,7 @@ class Source:
             key=f"{self.prefix}/{index % len(self):07d}",
             images=tuple(self.images / name for name in record["images"]),
             turns=tuple(Turn(role, text) for role, text in record["turns"]),
-            image_id=record["id"],
+            image_id=record["images"][0] if record["images"] else record["id"],
             kind=record["kind"],
         )
 
