@@ -154,10 +154,10 @@ def full_disk(final: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        shutil.rmtree(final.parent / f".{final.name}.tmp", ignore_errors=True)
         written = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
         if not (written or any(word in str(error) for word in TORCH_WRITE_FAULTS)):
             raise
-        shutil.rmtree(final.parent / f".{final.name}.tmp", ignore_errors=True)
         older = sorted(p.name for p in final.parent.glob("step_*") if (p / STATE).is_file())
         kept = f"complete before it and still loadable: {', '.join(older)}" if older else "no earlier one is complete"
         raise UserError(
