@@ -72,6 +72,8 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
             raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
     except BaseException:
         partial.unlink()
+        if not any(run.out.iterdir()):
+            run.out.rmdir()
         raise
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
     results = {**head, "rows": rows, "speed": speed}
