@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hotcoco import mask as coco_mask
 from torch import Tensor
 
+from xseg.geometry.masks import encode
 from xseg.types import Segment, ViewGeometry
 
 CHUNK = 2**23
@@ -96,7 +96,7 @@ def panoptic(
     ids, found = _merge_stuff(parts, is_thing)
     table = torch.tensor([*ids, 0], dtype=torch.int32, device=winner.device)
     id_map = table[winner].cpu().numpy() if len(kept) else np.zeros(g.original, np.int32)
-    return id_map, [Segment(rle(id_map == i), label, score) for i, (label, score) in enumerate(found, start=1)]
+    return id_map, [Segment(encode(id_map == i), label, score) for i, (label, score) in enumerate(found, start=1)]
 
 
 def _merge_stuff(
@@ -178,7 +178,7 @@ def instances(
         logits = resize(mask_logits[chunk]).flatten(1)
         inside = logits > 0
         means.append((logits.sigmoid() * inside).sum(1) / (inside.sum(1) + 1e-6))
-        rles += [rle(m) for m in inside.view(-1, *g.original).cpu().numpy()]
+        rles += [encode(m) for m in inside.view(-1, *g.original).cpu().numpy()]
     final = scores * torch.cat(means)[place]
     best_first = final.argsort(descending=True, stable=True)
     columns = torch.stack([t[best_first].double() for t in (final, label, place)]).cpu().tolist()
@@ -204,11 +204,6 @@ def best(
     query = prob[:, concept].argmax()
     score, background = torch.stack([prob[query, concept], prob[query, -1]]).tolist()
     if reject and background > score:
-        return Segment(rle(np.zeros(g.original, bool)), concept, score)
+        return Segment(encode(np.zeros(g.original, bool)), concept, score)
     mask = to_original(mask_logits[query][None], g)[0].sigmoid() > threshold
-    return Segment(rle(mask.cpu().numpy()), concept, score)
-
-
-def rle(mask: np.ndarray) -> dict[str, object]:
-    """(H, W) bool -> COCO RLE."""
-    return dict(coco_mask.encode(np.asfortranarray(mask)))
+    return Segment(encode(mask.cpu().numpy()), concept, score)

@@ -165,7 +165,7 @@ def test_the_image_comes_first_and_text_rows_stay(tmp_path: Path) -> None:
     first, text, two, late = source
     assert [t.text for t in first.turns] == ["<image>\nWhat is this?", "A wall.", "Sure?", "Yes."]
     assert first.images == (tmp_path / "pictures/7.png",) and first.key == "llava/train/0000000"
-    assert text.images == () and text.turns[1].text == "Use <P>text</P> and <seg>" and text.kind == "talk"
+    assert text.images == () and text.turns[1].text == "Use <p>text</p> and <SEG>" and text.kind == "talk"
     assert two.turns[0].text == "<image>\n<image>\nSame?" and len(two.images) == 2 and two.kind == "q"
     assert [t.role for t in late.turns] == ["user", "assistant"] and late.image_id == "d"
 

@@ -6,12 +6,10 @@ from typing import Any
 from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.errors import UserError
-from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, REGION, SEG
+from xseg.tokens import IMAGE
 from xseg.types import Categories, Role, Sample, Turn
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
-LITERAL = {P_OPEN: "<P>", P_CLOSE: "</P>", SEG: "<seg>", REGION: "<Region>"}
-"""Shared chats hold HTML. What looks like a special token of ours is written in the other case, which HTML ignores."""
 
 
 class Source:
@@ -68,6 +66,4 @@ def _turn(turn: Any, where: str) -> tuple[Role, str]:
     speaker, text = field(turn, "from", where), str(field(turn, "value", where))
     if speaker not in ROLES:
         raise UserError(f"{where}: from: {speaker!r} must be 'human' or 'gpt'")
-    for token, literal in LITERAL.items():
-        text = text.replace(token, literal)
     return ROLES[speaker], text
