@@ -121,6 +121,17 @@ class LossWeights(Recipe):
     """Factor on thing pixels in the dense class loss."""
 
 
+class Watch(Recipe):
+    """Held-out figures during a stage: lines of metrics.jsonl, drawn by ``xseg report``. They never change a loss."""
+
+    suite: str
+    """Name or path of a suite (``eval/suites``); its rows that this stage's model can do are scored."""
+    every: int = Field(default=100, ge=1)
+    """Optimiser steps between two looks; the last step is always followed by one."""
+    images: int = Field(default=64, ge=1)
+    """Each row is scored on the samples of its first ``images`` images. Rank 0 scores while the others wait."""
+
+
 class StageRecipe(Recipe):
     """One training stage."""
 
@@ -159,6 +170,8 @@ class StageRecipe(Recipe):
     log_every: int = 1
     save_every: int = 2000
     keep_checkpoints: int = 2
+    watch: Watch | None = None
+    """``{suite: shapes, every: 100, images: 64}``: figures on held-out images while the stage trains; None = none."""
 
 
 class ModelRecipe(Recipe):
@@ -205,22 +218,46 @@ FOLDERS: dict[type[BaseModel], str] = {
     Suite: "eval/suites",
 }
 
+SHIPPED = (Path(__file__).parent.parent, Path(__file__).parent / "assets")
+"""Where the folders that come with xseg lie: in a checkout, and in an installed wheel."""
+EXAMPLES = "examples"
+DEFAULT_MODEL = "examples/tiny_model"
+"""What is opened where no model is named."""
+
+
+def shipped(name: str) -> Path | None:
+    """``examples/...`` as it comes with xseg, whatever the working directory; None for other names and lost files."""
+    if Path(name).parts[:1] != (EXAMPLES,):
+        return None
+    return next((place / name for place in SHIPPED if (place / name).exists()), None)
+
+
+def default_model() -> Path:
+    """Return the folder of the shipped model. Raises UserError that says where it was looked for."""
+    for place in (Path("."), *SHIPPED):
+        if (place / DEFAULT_MODEL / "config.json").is_file():
+            return place / DEFAULT_MODEL
+    looked = ", ".join(str(place.resolve() / DEFAULT_MODEL) for place in SHIPPED)
+    raise UserError(
+        f"no model was named, and the shipped one, {DEFAULT_MODEL}, is not there (looked for config.json in {looked}): "
+        "name the `final` folder of a stage (xseg chat --model DIR, xseg.load(DIR)); `make demo` trains one in a "
+        "quarter of an hour, `make train-long` the one that is shipped"
+    )
+
 
 def find(name: str, folder: str, suffix: str = ".yaml", beside: Path | None = None) -> Path:
-    """Return the file or folder ``name``: as a path, beside a given file, in ``./folder``, or in the shipped folder."""
+    """Return the file or folder ``name``: as a path, beside a given file, in ``./folder``, or in the shipped folder.
+
+    Names that begin with ``examples/`` are found in the shipped examples from any working directory.
+    """
     given = Path(name).expanduser()
-    package = Path(__file__).parent
-    roots = [
-        Path("."),
-        *([beside] if beside else []),
-        Path(folder),
-        package.parent / folder,
-        package / "assets" / folder,
-    ]
+    roots = [Path("."), *([beside] if beside else []), Path(folder), *(place / folder for place in SHIPPED)]
     for root in roots:
         for candidate in (root / given, root / f"{name}{suffix}"):
             if candidate.exists():
                 return candidate
+    if example := shipped(name):
+        return example
     known = {
         p.relative_to(r).with_suffix("").as_posix() for r in roots[-3:] if r.is_dir() for p in r.rglob(f"*{suffix}")
     }

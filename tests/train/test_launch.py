@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import COMMON, ROOT, SAMPLED, SMALL, TINY, losses, metrics, pictures, untimed
 
+from xseg.data.shapeworld.write import write
 from xseg.models import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data"))
+    root = pictures(tmp_path_factory.mktemp("data"))
+    write(root / "shapes/val", 3, seed=3, size=48, split="val")
+    return root
 
 
 def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -69,6 +72,17 @@ def test_every_launcher_trains_the_same_run(kind: str, batch_size: int, data: Pa
     first, second = (checkpoint.read_weights(run / "final") for run in (alone, other))
     assert first.keys() == second.keys()
     assert all((first[name] - second[name]).abs().max() < 1e-3 for name in first)
+
+
+@pytest.mark.parametrize("kind", ["zero2", "cpu2"])
+def test_all_ranks_stay_in_step_while_one_looks(kind: str, data: Path, tmp_path: Path) -> None:
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    looks = ("watch.suite=shapes", "watch.every=2", "watch.images=2")
+    finished(launch(kind, data, plain, "steps=5", *SAMPLED), plain)
+    finished(launch(kind, data, watched, "steps=5", *SAMPLED, *looks), watched)
+    rows = untimed(metrics(watched))
+    assert [row for row in rows if "loss" in row] == untimed(metrics(plain))
+    assert [row["step"] for row in rows if "held_out" in row] == [2, 4, 5]
 
 
 def test_the_trouble_of_one_rank_is_told(data: Path, tmp_path: Path) -> None:

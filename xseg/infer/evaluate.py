@@ -44,6 +44,8 @@ class Evaluation:
     batch_size: int = 8
     progress: Progress = lambda *_: None
     note: Note = lambda _: None
+    blind: bool = True
+    """Whether the blind baselines are scored too."""
 
 
 def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, Any]:
@@ -60,12 +62,11 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     try:
         with partial.open("w", encoding="utf8") as lines:
             for row in suite.rows:
-                recipe = load_recipe(DataRecipe, row.recipe)
-                spec = task_for(predictor, row.task or recipe.task)
-                if spec is None:
+                dataset = open_row(predictor, row, run.data_root)
+                if dataset is None:
                     run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
                     continue
-                found, seconds, count = _run_row(predictor, row, spec, run, lines)
+                found, seconds, count = _run_row(predictor, row, dataset, run, lines)
                 rows += found
                 speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
         if not speed:
@@ -80,6 +81,22 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return results
+
+
+def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Dataset | None:
+    """The data set of a row, as a model is scored on it; None where its task needs what the model lacks.
+
+    Only the configuration of the model is looked at. Raises UserError for missing files, and for a label list that is
+    not the one of a stage-1 model.
+    """
+    recipe = load_recipe(DataRecipe, row.recipe)
+    spec = task_for(predictor, row.task or recipe.task)
+    if spec is None:
+        return None
+    preparation = Preparation(predictor.processor.encoder, predictor.processor.sizes, train=False)
+    dataset = load_dataset(recipe, root=data_root, preparation=preparation, task=spec, limit=row.limit)
+    _check_labels(predictor, dataset, row.recipe)
+    return dataset
 
 
 def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
@@ -180,13 +197,9 @@ def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:
 
 
 def _run_row(
-    predictor: Predictor, row: SuiteRow, spec: TaskSpec, run: Evaluation, lines: TextIO
+    predictor: Predictor, row: SuiteRow, dataset: Dataset, run: Evaluation, lines: TextIO
 ) -> tuple[list[dict[str, Any]], float, int]:
     """Score one row: (rows of the table with its blind baseline, seconds, samples)."""
-    recipe = load_recipe(DataRecipe, row.recipe)
-    preparation = Preparation(predictor.processor.encoder, predictor.processor.sizes, train=False)
-    dataset = load_dataset(recipe, root=run.data_root, preparation=preparation, task=spec, limit=row.limit)
-    _check_labels(predictor, dataset, row.recipe)
     metrics, seconds, done = dataset.task.metrics(), 0.0, 0
     for pairs, took in predictions(predictor, dataset, run.batch_size):
         seconds, done = seconds + took, done + len(pairs)
@@ -198,10 +211,10 @@ def _run_row(
             place = {"dataset": row.recipe, "index": index, "task": dataset.task.name}
             lines.write(json.dumps({"key": sample.key, **place, **record(prediction, scores)}) + "\n")
         run.progress(row.recipe, done, len(dataset), seconds)
-    head = {"task": dataset.task.name, "dataset": row.recipe, "split": recipe.split}
+    head = {"task": dataset.task.name, "dataset": row.recipe, "split": load_recipe(DataRecipe, row.recipe).split}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
     table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]
-    return table + _blind_rows(dataset, head, row), seconds, done
+    return table + (_blind_rows(dataset, head, row) if run.blind else []), seconds, done
 
 
 def record(prediction: Prediction, scores: dict[str, float]) -> dict[str, Any]:

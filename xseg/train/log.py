@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ class MetricsFile:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
         temporary.replace(self.path)
-        self.elapsed = float(json.loads(kept[-1]).get("elapsed_s", 0.0)) if kept else 0.0
+        last = json.loads(kept[-1]) if kept else {}
+        self.elapsed = float(last.get("elapsed_s", 0.0))
+        self.looked = last["step"] if "held_out" in last else 0
+        """The step whose held-out figures stand in the last line, or 0."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line at once, so that a killed run keeps it."""
@@ -67,13 +71,23 @@ class Progress:
             left = (now - self.begin) / max(step - self.start, 1) * (self.total - step)
             print(f"step {step}/{self.total}  {figures}  {left / 60:.1f} min left", flush=True)
 
+    def say(self, line: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        if self.lines:
+            print(line, flush=True)
+        elif not self.bar.disable:
+            self.bar.write(line)
+
     def close(self) -> None:
         """Leave the terminal in order."""
         self.bar.close()
 
 
 class Console:
-    """The log call of the loop: rank 0 writes metrics.jsonl and shows the progress; the other ranks do nothing."""
+    """The log call of the loop: rank 0 writes metrics.jsonl and shows the progress; the other ranks do nothing.
+
+    ``elapsed_s`` of a line is the seconds of training so far: over all resumes, without looks at held-out images.
+    """
 
     def __init__(self, out: Path, sources: Sequence[str], start: int, total: int, shown: bool) -> None:
         self.shown, self.sources = shown, sources
@@ -94,3 +108,19 @@ class Console:
         if write:
             self.file.write(record)
         self.progress.update(step, record)
+
+    def held_out(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record figures on held-out images after ``step``: {row: {"metric", "value", "n"}}."""
+        seconds = time.monotonic() - self.begin
+        self.file.write({"step": step, "elapsed_s": seconds, "held_out": figures})
+        shown = ", ".join(f"{name} {f['metric']} {f['value']:.1f}" for name, f in figures.items())
+        self.progress.say(f"held out after step {step}: {shown}")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of ``elapsed_s`` and of the time left."""
+        began = time.monotonic()
+        yield
+        spent = time.monotonic() - began
+        self.begin += spent
+        self.progress.begin += spent

@@ -21,6 +21,7 @@ from xseg.train import assemble, launch, optim, state
 from xseg.train.export import export
 from xseg.train.log import Console
 from xseg.train.stage import Stage
+from xseg.train.watch import HeldOut, held_out
 from xseg.types import Batch
 
 TERMS = ("lm", "class", "mask", "dice", "pixel_class", "aux")
@@ -104,9 +105,11 @@ def train(stage: Stage, resume: bool) -> None:
     data = assemble.load_data(stage)
     criterion = assemble.criterion(stage, data)
     config = assemble.configuration(stage, data)
-    optim.select(assemble.skeleton(config), recipe.trainable)
+    skeleton = assemble.skeleton(config)
+    optim.select(skeleton, recipe.trainable)
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
+    watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
     model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
@@ -116,13 +119,13 @@ def train(stage: Stage, resume: bool) -> None:
     num_queries = assemble.num_queries(config)
     trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries)
     with own_trouble(acc.process_index):
-        run(trainer, stage, plan, data, resume)
+        run(trainer, stage, plan, data, resume, watched)
         export(acc, model, stage, data.processor, reports)
     launch.finish(acc)
 
 
-def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume: bool) -> None:
-    """Do the steps that are left, with the three things that happen between them: rate, log, save."""
+def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume: bool, watched: HeldOut | None) -> None:
+    """Do the steps that are left, with what happens between them: rate, log, save, and a look at held-out images."""
     recipe, acc, out = stage.recipe, trainer.acc, stage.out
     steps = recipe.steps or max(1, round(recipe.epochs * plan.steps_per_epoch))
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
@@ -133,6 +136,8 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
         acc.print(f"resumed from {found}", flush=True)
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
     console = Console(out, assemble.names(stage), start, steps, acc.is_main_process)
+    if watched and start and watched.due(start, steps):
+        look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
     for step in range(start, steps):
         clock = time.monotonic()
         micros = next(batches)
@@ -145,7 +150,18 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
         console.log(step + 1, figures, source, seconds, write=last or (step + 1) % recipe.log_every == 0)
         if last or (step + 1) % recipe.save_every == 0:
             state.save(acc, out, step + 1, resolved, recipe.keep_checkpoints)
+        if watched and watched.due(step + 1, steps):
+            look(trainer, watched, console, step + 1)
     console.progress.close()
+
+
+def look(trainer: Trainer, watched: HeldOut, console: Console, step: int) -> None:
+    """Record the held-out figures of the weights after ``step``, unless they stand there; rank 0 works, all wait."""
+    if trainer.acc.is_main_process and console.file.looked != step:
+        with console.paused():
+            figures = watched.figures(trainer.acc.unwrap_model(trainer.model))
+        console.held_out(step, figures)
+    trainer.acc.wait_for_everyone()
 
 
 @contextmanager

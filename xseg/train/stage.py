@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xseg.config import FOLDERS, Mixture, ModelRecipe, StageRecipe, decode, find, load_recipe, merge, read_yaml
+from xseg.config import (
+    FOLDERS,
+    Mixture,
+    ModelRecipe,
+    StageRecipe,
+    Suite,
+    decode,
+    find,
+    load_recipe,
+    merge,
+    read_yaml,
+)
 from xseg.errors import UserError
 
 
@@ -23,6 +34,8 @@ class Stage:
     mixture: Mixture
     folder: Path
     """Where the stage's file lies; names in it are looked up there too."""
+    watched: Suite | None = None
+    """What ``watch`` names."""
 
     @property
     def out(self) -> Path:
@@ -46,7 +59,8 @@ def read_stage(name: str, overrides: Sequence[str] = ()) -> Stage:
     if isinstance(mixture, str):
         mixture = load_recipe(Mixture, mixture, beside=folder)
     _check(recipe, name)
-    return Stage(recipe, model, mixture, folder)
+    watched = load_recipe(Suite, recipe.watch.suite, beside=folder) if recipe.watch else None
+    return Stage(recipe, model, mixture, folder, watched)
 
 
 def _check(recipe: StageRecipe, where: str) -> None:

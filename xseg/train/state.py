@@ -31,6 +31,7 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "num_workers",
+    "watch",
 }
 """Keys of a stage that may change when a run is resumed. ``steps`` and ``epochs`` move the end, and the schedule with
 it: a lengthened run takes up the rate that the longer schedule has at that step."""
