@@ -11,6 +11,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from xseg import postprocess
+from xseg.config import default_model, shipped
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.geometry.views import read_image
@@ -84,15 +85,18 @@ class Predictor:
         return Result(views.geometry.original, choose(*logits, views.geometry, asked.phrases, reject=reject))
 
 
-def load(folder: str | Path, device: str | None = None) -> tuple[Predictor, XSegProcessor]:
+def load(folder: str | Path | None = None, device: str | None = None) -> tuple[Predictor, XSegProcessor]:
     """Open the ``final`` folder of a stage: ``model, processor = load(folder)``, then ``model.segment(image, text)``.
 
-    ``device`` is "cuda" where there is one, else "cpu". ``model.model`` is the bare XSegModel. Raises UserError when
-    the folder holds no xseg model.
+    Without a folder the shipped ShapeWorld model is opened. ``device`` is "cuda" where there is one, else "cpu";
+    there, weights stored in half precision become float32, which is what a CPU is fast and exact in. ``model.model``
+    is the bare XSegModel. Raises UserError when the folder holds no xseg model.
     """
+    folder = default_model() if folder is None else Path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = XSegProcessor.from_pretrained(folder)
-    model = checkpoint.load(Path(folder)).eval()
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = checkpoint.load(folder, torch.float32 if device == "cpu" else None).eval()
+    model.to(device)
     return Predictor(model, processor), processor
 
 
@@ -127,9 +131,13 @@ def device(model: Any) -> torch.device:
 
 
 def opened(image: Image | str | Path) -> Image:
-    """A picture as RGB, turned the way its camera says. UserError when its file is missing or cannot be decoded."""
+    """A picture as RGB, turned the way its camera says; ``examples/...`` may be the shipped one.
+
+    Raises UserError when its file is missing or cannot be decoded.
+    """
     if isinstance(image, Image):
         return ImageOps.exif_transpose(image).convert("RGB")
-    if not Path(image).is_file():
+    path = Path(image) if Path(image).is_file() else shipped(str(image))
+    if path is None:
         raise UserError(f"{image}: no such image file; give the path of a picture")
-    return ImageOps.exif_transpose(read_image(Path(image), "image"))
+    return ImageOps.exif_transpose(read_image(path, "image"))

@@ -16,6 +16,8 @@ from xseg.tokens import SpecialIds
 
 FOLDER = "train_stages/models"
 PARTS = ("segmentor", "sam", "siglip", "llm")
+STORED = ("dtype", "torch_dtype")
+"""How a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
 
 
 def build_config(
@@ -101,7 +103,7 @@ def _llm(given: dict[str, Any]) -> dict[str, Any]:
 def _part(given: dict[str, Any], part: str) -> dict[str, Any]:
     sizes = _sizes(given, part)
     sizes = sizes.get("vision_config", sizes)
-    foreign = ("model_type", "initializer_range") if part == "sam" else ()
+    foreign = ("model_type", "initializer_range", *STORED) if part == "sam" else STORED
     return {k: v for k, v in sizes.items() if k not in foreign}
 
 
@@ -110,4 +112,6 @@ def _sizes(given: dict[str, Any], part: str) -> dict[str, Any]:
     if not given:
         raise UserError(f"{part}: the stage builds it but the model recipe says nothing about it")
     sizes = {k: v for k, v in given.items() if k != "pretrained"}
-    return sizes or AutoConfig.from_pretrained(folder(given, part)).to_dict()
+    if sizes:
+        return sizes
+    return {k: v for k, v in AutoConfig.from_pretrained(folder(given, part)).to_dict().items() if k not in STORED}

@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,28 @@ class LoadReport:
 
 def save(model: XSegModel, folder: str | Path) -> None:
     """Write config and safetensors; the folder appears whole or not at all."""
-    folder = Path(folder)
+    with replacing(Path(folder)) as partial:
+        model.save_pretrained(partial)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of ``folder`` at the end; after an error nothing has changed.
+
+    Files of ``folder`` that are not written anew are kept, old weights are not. Raises UserError when the disk is full.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        yield partial
         if folder.exists():
             shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=_written_by(partial))
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: cannot save the model: {error}; nothing was written there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _written_by(partial: Path) -> Callable[[str, list[str]], set[str]]:
@@ -73,11 +84,14 @@ def _written_by(partial: Path) -> Callable[[str, list[str]], set[str]]:
     return skip
 
 
-def load(folder: str | Path) -> XSegModel:
-    """Open a folder that ``save`` wrote. Raises UserError when it holds no whole xseg model."""
+def load(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> XSegModel:
+    """Open a folder that ``save`` wrote, its weights cast to ``dtype`` (None: as they are stored).
+
+    Raises UserError when it holds no whole xseg model.
+    """
     folder = Path(folder)
     read_config(folder)
-    opened: Any = XSegModel.from_pretrained(folder, output_loading_info=True)
+    opened: Any = XSegModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
     model, info = opened
     faults = [f"{k}: {', '.join(sorted(map(str, v))[:SHOWN])}" for k, v in info.items() if v and "keys" in k]
     if faults:
