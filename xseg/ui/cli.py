@@ -83,7 +83,9 @@ def eval_command(
 
 @app.command("chat")
 def chat_command(
-    model: Model,
+    model: Annotated[
+        Path | None, typer.Option(help="The `final` folder of a stage; by default the shipped one.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
     say: Annotated[list[str] | None, typer.Option(help="A message (repeatable); without any, you type.")] = None,
     out: Out = Path("runs/chat"),
@@ -91,9 +93,25 @@ def chat_command(
     """Talk about one image; masks are written as PNG and RLE."""
     from rich.console import Console
 
+    from xseg.config import default_model
     from xseg.ui.chat import chat
 
-    chat(model, image, say or [], out, Console(highlight=False))
+    chat(model or default_model(), image, say or [], out, Console(highlight=False))
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(help="A run (its last stage is taken) or the `final` folder of a stage.")],
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="How the weights are stored: bf16, fp16 or fp32.")] = "bf16",
+    limit_mb: Annotated[float | None, typer.Option(min=0, help="Refuse a larger folder.")] = None,
+) -> None:
+    """Write a model for users: smaller weights, held against the source's answers, and a model card."""
+    from rich.console import Console
+
+    from xseg.ui.exporting import export_model
+
+    export_model(source, out, dtype, limit_mb, Console(highlight=False))
 
 
 @app.command("report")

@@ -1,0 +1,148 @@
+"""``xseg export``: a stage's ``final`` folder as a smaller one for users, held against its source before it appears."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xseg.config import SuiteRow
+from xseg.data.shapeworld.write import write
+from xseg.errors import UserError, did_you_mean
+from xseg.geometry import masks as rle
+from xseg.infer import card
+from xseg.infer.evaluate import open_row, predictions
+from xseg.infer.predictor import Predictor, load
+from xseg.models import checkpoint
+from xseg.types import Prediction
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = ("shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val")
+PICTURES, SIDE, SEED = 12, 96, 1
+"""Held-out scenes that source and copy both answer; the figures of a suite are of seed 0 unless it was told else."""
+LEAST_IOU, LEAST_TEXTS = 0.97, 0.95
+"""What rounding may cost: the mean IoU of the copy's masks with the source's, and the part of answers that are equal
+word by word. An answer may tip where two words were all but equally likely."""
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is asked for."""
+
+    source: Path
+    """A ``final`` folder, or a run, whose last stage is taken."""
+    out: Path
+    dtype: str = "bf16"
+    limit_mb: float | None = None
+    """Most megabytes (10^6 bytes) that the whole folder may have."""
+
+
+def export(asked: Export) -> card.Agreement:
+    """Cast the weights, check that the copy answers as its source does, and write ``asked.out`` with a model card.
+
+    Both are run on the CPU in float32, so that nothing but the rounding differs. Raises UserError, and leaves ``out``
+    as it was, for a source that is no model, an unknown dtype, answers that differ, and a folder above its limit.
+    """
+    if asked.dtype not in DTYPES:
+        raise UserError(f"--dtype {asked.dtype}: no such dtype{did_you_mean(asked.dtype, DTYPES)}")
+    source = final_folder(asked.source)
+    if source.resolve() == asked.out.resolve():
+        raise UserError(f"--out {asked.out}: is the source itself, and would be overwritten; give another folder")
+    predictor, processor = load(source, "cpu")
+    with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
+        write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
+        wanted = answers(predictor, Path(data))
+        predictor.model.to(DTYPES[asked.dtype]).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        if (source / card.STAGE).is_file():
+            shutil.copyfile(source / card.STAGE, partial / card.STAGE)
+        agreement = compare(wanted, answers(load(partial, "cpu")[0], Path(data)))
+        check(agreement, asked)
+        count = sum(p.numel() for p in predictor.model.parameters())
+        example = (asked.out / card.EXAMPLE).is_file()
+        made = card.Copy(asked.out.name, asked.dtype, count, processor.sizes, agreement, example)
+        (partial / card.FILE).write_text(card.write(source, made), encoding="utf8")
+        (partial / "model.safetensors").chmod(0o644)
+        check_size(partial, asked)
+    return agreement
+
+
+def final_folder(given: Path) -> Path:
+    """The model of a run's last stage, or the folder itself where it is a model. UserError when there is none."""
+    if (given / "config.json").is_file():
+        return given
+    found = sorted(given.glob("s[0-9]*/final/config.json"))
+    if (given / "final/config.json").is_file():
+        found.append(given / "final/config.json")
+    if not found:
+        raise UserError(
+            f"{given}: no model here (looked for config.json, final/config.json and s*/final/config.json); give a run "
+            "of `xseg demo` or the `final` folder of a stage"
+        )
+    return found[-1].parent
+
+
+def answers(predictor: Predictor, data_root: Path) -> list[Prediction]:
+    """What a model says of the held-out scenes, by every task it can do."""
+    out: list[Prediction] = []
+    for name in ROWS:
+        dataset = open_row(predictor, SuiteRow(recipe=name), data_root)
+        if dataset is not None:
+            out += [prediction for pairs, _ in predictions(predictor, dataset, 8) for _, prediction in pairs]
+    return out
+
+
+def compare(wanted: Sequence[Prediction], given: Sequence[Prediction]) -> card.Agreement:
+    """Masks by IoU, the objects of one class united; texts word by word."""
+    ious, same, texts = [], 0, 0
+    for one, other in zip(wanted, given, strict=True):
+        if one.text or other.text:
+            texts, same = texts + 1, same + (one.text == other.text)
+        a, b = _masks(one), _masks(other)
+        ious += [_iou(a.get(name), b.get(name)) for name in sorted({*a, *b})]
+    mean = sum(ious) / len(ious) if ious else 1.0
+    return card.Agreement(PICTURES, len(ious), mean, texts, same)
+
+
+def _masks(prediction: Prediction) -> dict[int, Any]:
+    """The RLE of each class, or of each query where segments are not objects of a picture's classes."""
+    groups: dict[int, list[Any]] = {}
+    for place, segment in enumerate(prediction.segments):
+        groups.setdefault(place if prediction.panoptic is None else segment.category, []).append(segment.mask)
+    return {name: rle.union(found) for name, found in groups.items()}
+
+
+def _iou(one: Any, other: Any) -> float:
+    """Equal emptiness agrees; a class that only one of the two has does not."""
+    if one is None or other is None:
+        return 0.0
+    united = rle.area(rle.union([one, other]))
+    return (rle.area(one) + rle.area(other) - united) / united if united else 1.0
+
+
+def check(agreement: card.Agreement, asked: Export) -> None:
+    """Raise UserError when the copy answers otherwise than its source."""
+    if agreement.masks + agreement.texts == 0:
+        raise UserError(f"{asked.source}: answers none of {', '.join(ROWS)}, so a copy of it cannot be verified")
+    if agreement.iou < LEAST_IOU or agreement.same < LEAST_TEXTS * agreement.texts:
+        raise UserError(
+            f"{asked.source}: its {asked.dtype} copy answers otherwise: mean IoU {agreement.iou:.3f} over "
+            f"{agreement.masks} masks (at least {LEAST_IOU}), {agreement.same} of {agreement.texts} texts equal (at "
+            f"least {LEAST_TEXTS:.0%}); {asked.out} was not written. Export with --dtype fp32, or train longer"
+        )
+
+
+def check_size(partial: Path, asked: Export) -> None:
+    """Raise UserError when what is written, with what stays of an earlier ``out``, is above the limit."""
+    new = {p.name: p.stat().st_size for p in partial.iterdir()}
+    old = {p.name: p.stat().st_size for p in asked.out.glob("*") if p.is_file() and p.suffix != ".safetensors"}
+    size = sum((old | new).values()) / MEGABYTE
+    if asked.limit_mb is not None and size > asked.limit_mb:
+        raise UserError(
+            f"--limit-mb {asked.limit_mb:g}: {asked.out} would have {size:.1f} MB; use --dtype bf16, a smaller model "
+            "recipe, or a higher limit. Nothing was written"
+        )
