@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all overfit photos bench clean compiler
+.PHONY: demo test test-all overfit photos parts train-long bench clean compiler
 
 demo: compiler $(READY)
 	$(BIN)/xseg demo --out runs/demo
@@ -18,6 +18,17 @@ photos: compiler $(READY)
 	$(LAUNCH) train_stages/real/s3_mixed.yaml --set data_root=$(DATA) --resume auto
 	$(BIN)/xseg eval --model runs/real/s3/final --suite real --root $(DATA) --out runs/real/s3/eval
 	$(BIN)/xseg report runs/real
+
+# The pretrained miniatures that train_stages/long starts from; every script resumes what was cut short.
+parts: $(READY)
+	$(BIN)/python examples/tiny_parts/phi.py --out examples/tiny_parts/phi
+	$(BIN)/python examples/tiny_parts/siglip.py --out examples/tiny_parts/siglip
+	$(BIN)/python examples/tiny_parts/sam.py --out examples/tiny_parts/sam
+
+# The shipped model, from those parts: what `xseg chat` opens.
+train-long: compiler $(READY)
+	$(BIN)/xseg demo --recipe long --out runs/long --images 30000
+	$(BIN)/xseg export runs/long --out examples/tiny_model --limit-mb 12
 
 test: $(READY)
 	$(BIN)/ruff check .
