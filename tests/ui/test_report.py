@@ -11,7 +11,6 @@ from oracle import oracle, shapes
 from xseg.config import Suite, SuiteRow
 from xseg.errors import UserError
 from xseg.infer.evaluate import Evaluation, evaluate
-from xseg.ui.curves import chart, read_series
 from xseg.ui.report import write_report
 
 ROWS = ["shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val"]
@@ -19,7 +18,8 @@ ROWS = ["shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val"]
 
 def curves(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"step": i, "loss": 3 / i, "lm": 1 / i, "lr": 1e-3, "source": f"set{i % 2}"} for i in range(1, 40)]
+    times = [{"step": i, "elapsed_s": i} for i in range(1, 40)]
+    rows = [t | {"loss": 3 / t["step"], "lr": 1e-3, "source": f"set{t['step'] % 2}"} for t in times]
     text = "\n".join(map(json.dumps, rows)) + '\n{"step": 40, "lo'
     path.write_text(text, encoding="utf8")
 
@@ -43,6 +43,7 @@ def test_page_is_whole_and_loads_nothing_from_outside(run: Path) -> None:
     assert "http" not in re.sub(r'lang="en"', "", text) and "<script" not in text
     files = re.findall(r'src="([^"]+)"', text)
     assert len(files) > 10 and all((page.parent / f).is_file() for f in files)
+    assert "set0" in text and "training minutes" in text and (page.parent / "curves.svg").is_file()
     assert "54.7" in text and "Worst" in text and "blind" in text
     assert "<b>bold" not in text and "&lt;b&gt;bold" in text
     again = write_report(run)
@@ -58,19 +59,3 @@ def test_nothing_to_report_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no results\.json"):
         write_report(tmp_path)
     assert not (tmp_path / "report").exists()
-
-
-def test_series_split_by_source_and_survive_a_half_line(tmp_path: Path) -> None:
-    curves(tmp_path / "metrics.jsonl")
-    series = read_series(tmp_path / "metrics.jsonl")
-    assert list(series)[:3] == ["loss", "lm", "lr"] and len(series["loss"]) == 39
-    assert len(series["loss of set0"]) + len(series["loss of set1"]) == 39
-    assert "step" not in series
-
-
-@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0, 0.0], [1e9, -1e9], [float(i) for i in range(5000)]])
-def test_chart_stays_in_its_frame(values: list[float]) -> None:
-    svg = chart("a<b", list(enumerate(values)))
-    assert "a&lt;b" in svg and "nan" not in svg
-    points = [float(v) for row in re.findall(r'points="([^"]*)"', svg) for pair in row.split() for v in pair.split(",")]
-    assert points and min(points) >= 0 and max(points) <= 270

@@ -4,15 +4,15 @@ import html
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xseg.errors import UserError
-from xseg.ui.curves import chart, read_series
+from xseg.ui.curves import Trained, held_out_plot, is_blind, read_run, training_plots
 from xseg.ui.gallery import Card, Gallery, galleries
+from xseg.ui.plot import draw
 
-BLIND = "blind"
 DEPTH = 3
 """How deep below the run's folder results and curves are looked for."""
 
@@ -20,6 +20,7 @@ DEPTH = 3
 def write_report(run: Path, data_root: Path | None = None) -> Path:
     """Write ``run``/report/index.html with its pictures beside it and return the file; nothing external is loaded.
 
+    ``curves.svg`` beside it is the picture of the held-out figures on its own, where the run has any.
     ``data_root`` replaces the data folder that the results name. The page appears complete or not at all. Raises
     UserError when there is nothing to report.
     """
@@ -32,7 +33,10 @@ def write_report(run: Path, data_root: Path | None = None) -> Path:
     shown, notes = _galleries(results, data_root, partial / "pictures")
     sections = [_head(run, results)]
     sections += [_table(place, found) for place, found in results]
-    sections.append(_curves(run, curves))
+    stages = read_run(run, curves, results)
+    sections.append(_curves(stages))
+    if held_out := held_out_plot(stages):
+        (partial / "curves.svg").write_text(draw(held_out, alone=True), encoding="utf8")
     sections += [f'<p class="note">{_e(note)}</p>' for note in notes]
     sections.append('<a id="samples"></a>')
     sections += [_gallery(place, gallery) for place, gallery in shown]
@@ -81,8 +85,8 @@ def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 
 def _table(place: Path, found: dict[str, Any]) -> str:
     """One table per evaluation; blind baselines stand in a column of their own."""
-    blind = {_row_key(r): r["value"] for r in found["rows"] if r["protocol"].startswith(BLIND)}
-    shown = [r for r in found["rows"] if not r["protocol"].startswith(BLIND)]
+    blind = {_row_key(r): r["value"] for r in found["rows"] if is_blind(r)}
+    shown = [r for r in found["rows"] if not is_blind(r)]
     rows = [_row(r, before, blind.get(_row_key(r))) for r, before in zip(shown, [{}, *shown], strict=False)]
     head = "".join(
         f'<th class="{kind}">{name}</th>'
@@ -122,13 +126,11 @@ def _row(row: dict[str, Any], before: dict[str, Any], blind: float | None) -> st
     return "<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>"
 
 
-def _curves(run: Path, files: Iterable[Path]) -> str:
-    out = ['<h2 id="curves">Training</h2>']
-    for path in files:
-        charts = [chart(name, points) for name, points in read_series(path).items() if len(points) > 1]
-        stage = path.parent.relative_to(run).as_posix()
-        out.append(f'<h3>{_e("run" if stage == "." else stage)}</h3><div class="charts">{"".join(charts)}</div>')
-    return "".join(out)
+def _curves(stages: Sequence[Trained]) -> str:
+    held_out = held_out_plot(stages)
+    wide = f'<div class="wide">{draw(held_out)}</div>' if held_out else ""
+    charts = "".join(map(draw, training_plots(stages)))
+    return f'<h2 id="curves">Training</h2>{wide}<div class="charts">{charts}</div>'
 
 
 def _gallery(place: Path, gallery: Gallery) -> str:
