@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,40 @@ def test_what_chat_refuses_leaves_nothing_behind(
     assert not out.exists()
 
 
+def test_chat_without_a_model_opens_the_shipped_one(
+    model: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]
+) -> None:
+    from xseg import config, load
+
+    far = tmp_path / "far"
+    far.mkdir()
+    monkeypatch.chdir(far)
+    monkeypatch.setattr(config, "SHIPPED", (tmp_path / "checkout", tmp_path / "wheel"))
+    words = ("chat", "--image", image, "--say", "the circle", "--out", tmp_path / "out")
+    for place in ("checkout/examples/tiny_model", "wheel/examples/tiny_model", "--model DIR"):
+        refused(place, *words)
+    with pytest.raises(ValueError, match="no model was named"):
+        load()
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(model, tmp_path / "wheel/examples/tiny_model")
+    monkeypatch.setattr(sys, "argv", ["xseg", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert load(device="cpu")[0].segment(image, "the circle", reject=False).mask.shape == (40, 60)
+
+
+def test_export_on_the_command_line(model: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
+    out = tmp_path / "out"
+    refused("no model here", "export", tmp_path, "--out", out)
+    refused("did you mean 'bf16'", "export", model, "--out", out, "--dtype", "bf61")
+    done = xseg("export", model, "--out", out, "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert "mean IoU 1.0000" in done.stdout and "36 of 36 answers equal" in done.stdout
+    done = xseg("chat", "--model", out, "--image", "examples/tiny_model/example.png", "--say", "the star", cwd=tmp_path)
+    assert done.returncode == 0 and "96 x 96" in done.stdout, done.stderr
+
+
 def test_typed_chat_survives_mistakes(model: Path, image: Path, tmp_path: Path) -> None:
     typed = "the circle\n/image missing.png\n/imag\n/undo\n/quit\n"
     done = xseg("chat", "--model", model, "--out", tmp_path / "out", "--image", image, input=typed)
@@ -178,6 +213,6 @@ def test_shapes_show_and_eval(model: Path, tmp_path: Path) -> None:
 def test_help_names_every_command() -> None:
     done = xseg("--help")
     assert done.returncode == 0
-    for command in ("demo", "eval", "chat", "report", "data"):
+    for command in ("demo", "eval", "chat", "export", "report", "data"):
         assert command in done.stdout
     assert xseg("--version").stdout.strip()
