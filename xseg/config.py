@@ -183,6 +183,8 @@ class ModelRecipe(Recipe):
     """``{pretrained: DIR}`` or ``{model_type: phi3, hidden_size: …}`` (random weights)."""
     segmentor: dict[str, Any] = {}
     """Fields of ``SegmentorConfig``."""
+    llm_sees: list[Literal["siglip", "sam"]] = ["siglip", "sam"]
+    """Image encoders whose rows the language model reads; what it does not see may still feed the mask decoder."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"

@@ -16,8 +16,9 @@ CANVAS, VIEW = 32, 16
 
 
 def config(
-    *, parts: tuple[str, ...] = ("segmentor", "siglip", "llm"), language: str = "phi3", **segmentor: object
-) -> XSegConfig:
+    *, parts: tuple[str, ...] = ("segmentor", "siglip", "llm"), language: str = "phi3",
+    llm_sees: list[str] | None = None, **segmentor: object,
+) -> XSegConfig:  # fmt: skip
     """Grid 4x4 of patch 8, residual stem, FPN unless told otherwise."""
     sam = {
         "stem": "residual", "image_size": CANVAS, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4,
@@ -38,6 +39,7 @@ def config(
         siglip_config={**siglip, "num_attention_heads": 2} if "siglip" in parts else None,
         text_config=text if "llm" in parts else None,
         segmentor_config=decoder if "segmentor" in parts else None,
+        llm_sees=llm_sees,
         seg_token_id=SEG,
         p_open_token_id=OPEN,
         p_close_token_id=CLOSE,

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from xseg.config import ModelRecipe
 from xseg.errors import UserError
 from xseg.train import state
 
@@ -87,3 +88,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_loadable(acc: Accelerator, tmp_p
 def test_errors_that_are_no_full_disk_pass(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), state.full_disk(tmp_path):
         raise RuntimeError("shapes differ")
+
+
+def test_a_checkpoint_older_than_a_field_of_the_model_resumes(tmp_path: Path) -> None:
+    now = {"model": ModelRecipe(sam={"patch_size": 8}).model_dump(mode="json")}
+    older = {"model": {k: v for k, v in now["model"].items() if k != "llm_sees"}}
+    state.check_same(older, now, tmp_path)
+    now["model"]["llm_sees"] = ["siglip"]
+    with pytest.raises(UserError, match="llm_sees"):
+        state.check_same(older, now, tmp_path)

@@ -45,7 +45,9 @@ def build_config(
     if segmentor is not None and head != "labels":
         # Pixels can be named only where a fixed label list is.
         segmentor["pixel_classifier"] = False
+    _check_sight(recipe, parts)
     return XSegConfig(
+        llm_sees=recipe.llm_sees,
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
         text_config=text,
@@ -54,6 +56,16 @@ def build_config(
         p_open_token_id=special.p_open if special else -1,
         p_close_token_id=special.p_close if special else -1,
     )
+
+
+def _check_sight(recipe: ModelRecipe, parts: Sequence[str]) -> None:
+    """A language model beside image encoders must read one of them: silence about pictures is never meant."""
+    built = [name for name, part in (("siglip", {"siglip"}), ("sam", {"sam", "segmentor"})) if part & set(parts)]
+    if "llm" in parts and built and not set(built) & set(recipe.llm_sees):
+        raise UserError(
+            f"llm_sees = {recipe.llm_sees}: the stage builds none of them, only {', '.join(built)}: the language model "
+            "would see no picture; add one to parts, or name what is built in llm_sees of the model recipe"
+        )
 
 
 def build_model(config: XSegConfig, recipe: ModelRecipe | None = None) -> XSegModel:

@@ -6,6 +6,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SamVision
 
 from xseg.errors import UserError, did_you_mean
 
+ENCODERS = ("siglip", "sam")
+"""Image encoders that the language model can read, in the order of their rows."""
+
 
 class SamConfig(SamVisionConfig):
     """SAM's image encoder. ``stem``: "patch" (SAM's one convolution) or "residual" (three, for models from scratch)."""
@@ -31,8 +34,14 @@ class SegmentorConfig(PreTrainedConfig):
     connector_scales: Any = None
     """Size of each level relative to SAM's grid, high resolution first; None = 2, 1, 0.5."""
     connector_width: int = 512
+    connector: str = "multiscale"
+    """"multiscale" (convolutions and a pixel shuffle on every level), or, from the last of the layers alone and resized
+    plainly: "conv" (the same convolutions once), "linear" (one 1x1 projection), "none" (SAM's hidden state itself)."""
     pixel_decoder: str = "deformable"
     """"deformable" (Mask2Former) or "fpn" (top-down convolutions, for small models on CPU)."""
+    mask_decoder: str = "mask2former"
+    """"mask2former" (masked attention over three maps) or "sam" (two-way attention on one map at SAM's grid, which
+    SAM's neck makes in place of the pixel decoder; needs a connector other than "multiscale")."""
     pixel_layers: int = 6
     pixel_ffn: int = 1024
     num_queries: int = 200
@@ -73,6 +82,8 @@ class XSegConfig(PreTrainedConfig):
     siglip_config: Any = None
     text_config: Any = None
     segmentor_config: Any = None
+    llm_sees: Any = None
+    """Image encoders whose rows the language model reads; None = both, ["siglip", "sam"], as far as they are built."""
     sam_layer: int = -2
     """SAM hidden state that the language model reads."""
     siglip_layer: int = -2
@@ -89,12 +100,21 @@ class XSegConfig(PreTrainedConfig):
         self.sam_config = _sub(SamConfig, self.sam_config)
         self.siglip_config = _sub(SiglipVisionConfig, self.siglip_config)
         self.segmentor_config = _sub(SegmentorConfig, self.segmentor_config)
+        self.llm_sees = list(ENCODERS) if self.llm_sees is None else list(self.llm_sees)
+        for name in self.llm_sees:
+            if name not in ENCODERS:
+                raise UserError(f"llm_sees: {name!r} is no image encoder{did_you_mean(name, ENCODERS)}")
         if isinstance(self.text_config, dict):
             kind = self.text_config.get("model_type", "phi3")
             if kind not in CONFIG_MAPPING:
                 raise UserError(f"llm.model_type = {kind!r}: transformers has none{did_you_mean(kind, CONFIG_MAPPING)}")
             self.text_config = AutoConfig.for_model(**{"model_type": kind, **self.text_config})
         super().__post_init__(**kwargs)
+
+    def sees(self, encoder: str) -> bool:
+        """Whether the language model reads rows of ``encoder`` ("siglip" or "sam")."""
+        built = self.siglip_config if encoder == "siglip" else self.sam_config
+        return built is not None and self.text_config is not None and encoder in self.llm_sees
 
     @property
     def width(self) -> int:

@@ -14,7 +14,7 @@ from xseg.models.pixel_decoder import DeformableAttention, DeformablePixelDecode
 
 def initialise(module: nn.Module) -> None:
     """Initialise one module: Mask2Former's values, the connector's 0.02, torch's own for projectors and heads."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         if module.bias is not None:
             bound = 1 / math.sqrt(module.weight[0].numel())

@@ -57,9 +57,9 @@ class XSegModel(PreTrainedModel):
             self.siglip = SiglipEncoder(config.siglip_config, config.siglip_layer)
         if config.text_config is not None:
             self.llm = llm.build_llm(config.text_config)
-            if config.siglip_config is not None:
+            if config.sees("siglip"):
                 self.siglip_projector = Projector(config.siglip_config.hidden_size, config.width)
-            if config.sam_config is not None:
+            if config.sees("sam"):
                 cell = config.sam_config.hidden_size * config.sam_shuffle**2
                 self.sam_projector = Projector(cell, config.width)
         decoder = config.segmentor_config
@@ -72,12 +72,16 @@ class XSegModel(PreTrainedModel):
 
     def freeze_unread(self) -> None:
         """Freeze what exists only so that files of the encoders load whole. ``from_pretrained`` forgets it."""
+        config = self.config
         if hasattr(self, "siglip"):
             self.siglip.freeze_unread()
         if hasattr(self, "segmentor"):
             sam = self.segmentor.sam
-            last = [self.config.sam_layer % (len(sam.layers) + 1)] if hasattr(self, "llm") else []
+            last = [config.sam_layer % (len(sam.layers) + 1)] if config.sees("sam") else []
             sam.freeze_unread(max([*self.segmentor.layers, *last], default=0))
+        read = {"siglip": config.sees("siglip"), "segmentor": config.sees("sam") or config.segmentor_config}
+        for part in (p for p in read if hasattr(self, "llm") and hasattr(self, p) and not read[p]):
+            getattr(self, part).requires_grad_(False)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside of transformers the library passes over modules without parameters of their own.
@@ -105,12 +109,13 @@ class XSegModel(PreTrainedModel):
         text, masks = text and hasattr(self, "llm"), masks and self.config.segmentor_config is not None
         if len(mask_pixels) == 0 or not (text or masks):
             return ImageFeatures(None, None, None)
-        if text and hasattr(self, "siglip"):
+        if text and hasattr(self, "siglip_projector"):
             rows.append(self.siglip_projector(self.siglip(llm_pixels.to(self.dtype))))
-        if hasattr(self, "segmentor"):
-            wanted = [self.config.sam_layer] * text + self.segmentor.layers * masks
+        reads_sam = text and hasattr(self, "sam_projector")
+        if hasattr(self, "segmentor") and (reads_sam or masks):
+            wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * masks
             states = self.segmentor.sam(mask_pixels.to(self.dtype), wanted)
-            if text:
+            if reads_sam:
                 cells = self.sam_projector(unshuffle(states.pop(0), self.config.sam_shuffle))
                 rows.append(cells.flatten(1, 2))
             if masks:
@@ -129,9 +134,11 @@ class XSegModel(PreTrainedModel):
         layout = Layout.of(batch, 0 if features.rows is None else features.rows.shape[1])
         words = self.llm.get_input_embeddings()(batch.input_ids.clamp(min=0))
         regions = None
-        if len(batch.prompt_image) and features.cells is not None:
-            points = self.config.region_points
-            regions = sample_regions(features.cells, batch.prompt_image, batch.prompt_mask, points, ranks)
+        if len(batch.prompt_image):
+            if features.cells is None:
+                raise UserError(f"{batch.keys}: <region> is read from SAM's rows: build SAM, with 'sam' in llm_sees")
+            prompts = batch.prompt_image, batch.prompt_mask
+            regions = sample_regions(features.cells, *prompts, self.config.region_points, ranks)
         return layout, layout.splice(batch, words, features.rows, regions)
 
     def segment(
