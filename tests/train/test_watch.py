@@ -44,8 +44,8 @@ def train(data: Path) -> Iterator[Run]:
 
 
 def steps(out: Path) -> list[dict]:
-    """The lines of steps, without those of looks."""
-    return [row for row in untimed(metrics(out)) if "held_out" not in row]
+    """The lines without what looks added to them."""
+    return [{k: v for k, v in row.items() if k != "held_out"} for row in untimed(metrics(out))]
 
 
 def looks(out: Path) -> dict[int, dict]:
@@ -121,6 +121,12 @@ def test_a_killed_run_has_every_look_once(train: Run, tmp_path: Path, monkeypatc
     assert untimed(metrics(run)) == untimed(metrics(tmp_path / "whole"))
     seconds = [row["elapsed_s"] for row in metrics(run)]
     assert seconds == sorted(seconds)
+
+
+def test_looks_are_written_whatever_log_every_says(train: Run, tmp_path: Path) -> None:
+    assert train("s1", tmp_path / "run", "steps=5", "log_every=3", *WATCH) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [2, 3, 4, 5]
+    assert all("loss" in row and "lr" in row for row in metrics(tmp_path / "run"))
 
 
 def test_looks_take_no_training_time(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

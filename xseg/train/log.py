@@ -25,15 +25,26 @@ class MetricsFile:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
         temporary.replace(self.path)
-        last = json.loads(kept[-1]) if kept else {}
-        self.elapsed = float(last.get("elapsed_s", 0.0))
-        self.looked = last["step"] if "held_out" in last else 0
-        """The step whose held-out figures stand in the last line, or 0."""
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": 0}
+        """The last line."""
+        self.elapsed = float(self.last.get("elapsed_s", 0.0))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line at once, so that a killed run keeps it."""
+        self.last = {k: _short(v) for k, v in record.items()}
         with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps({k: _short(v) for k, v in record.items()}) + "\n")
+            file.write(json.dumps(self.last) + "\n")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add to the line of the same step, so that a step stays one line with its loss; without one, append."""
+        if self.last["step"] != record["step"]:
+            self.write(record)
+            return
+        self.last = {**self.last, **record}
+        temporary = self.path.with_suffix(".tmp")
+        lines = [*_lines(self.path)[:-1], json.dumps(self.last)]
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+        temporary.replace(self.path)
 
 
 def _lines(path: Path) -> list[str]:
@@ -109,10 +120,14 @@ class Console:
             self.file.write(record)
         self.progress.update(step, record)
 
+    def looked(self, step: int) -> bool:
+        """Whether the held-out figures of ``step``, the last one done, are recorded."""
+        return self.file.last["step"] == step and "held_out" in self.file.last
+
     def held_out(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> None:
         """Record figures on held-out images after ``step``: {row: {"metric", "value", "n"}}."""
-        seconds = time.monotonic() - self.begin
-        self.file.write({"step": step, "elapsed_s": seconds, "held_out": figures})
+        seconds = self.file.last.get("elapsed_s", 0.0)
+        self.file.add({"step": step, "elapsed_s": seconds, "held_out": figures})
         shown = ", ".join(f"{name} {f['metric']} {f['value']:.1f}" for name, f in figures.items())
         self.progress.say(f"held out after step {step}: {shown}")
 

@@ -146,18 +146,19 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
         optim.set_rates(trainer.optimizer, rates, factor)
         figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
         last, source = step + 1 == steps, plan.batch(step)[0][0][0].dataset
+        due = watched is not None and watched.due(step + 1, steps)
         seconds = time.monotonic() - clock
-        console.log(step + 1, figures, source, seconds, write=last or (step + 1) % recipe.log_every == 0)
+        console.log(step + 1, figures, source, seconds, write=last or due or (step + 1) % recipe.log_every == 0)
         if last or (step + 1) % recipe.save_every == 0:
             state.save(acc, out, step + 1, resolved, recipe.keep_checkpoints)
-        if watched and watched.due(step + 1, steps):
+        if watched and due:
             look(trainer, watched, console, step + 1)
     console.progress.close()
 
 
 def look(trainer: Trainer, watched: HeldOut, console: Console, step: int) -> None:
     """Record the held-out figures of the weights after ``step``, unless they stand there; rank 0 works, all wait."""
-    if trainer.acc.is_main_process and console.file.looked != step:
+    if trainer.acc.is_main_process and not console.looked(step):
         with console.paused():
             figures = watched.figures(trainer.acc.unwrap_model(trainer.model))
         console.held_out(step, figures)
