@@ -31,6 +31,13 @@ def test_nothing_else_of_the_package_is_a_recipe(name: str, tmp_path: Path, monk
         find(name, "train_stages/models", suffix="")
 
 
+def test_a_lost_part_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="make parts") as lost:
+        find("examples/tiny_parts/none", "train_stages/models", suffix="")
+    assert str(tmp_path) in str(lost.value) and str(ROOT) in str(lost.value)
+
+
 @trained
 def test_the_shipped_model_is_small_and_has_its_card() -> None:
     files = [p for p in MODEL.rglob("*") if p.is_file()]

@@ -260,6 +260,9 @@ def find(name: str, folder: str, suffix: str = ".yaml", beside: Path | None = No
                 return candidate
     if example := shipped(name):
         return example
+    if given.parts[:1] == (EXAMPLES,):
+        looked = ", ".join(str(place.resolve() / name) for place in (Path("."), *SHIPPED))
+        raise UserError(f"{name!r}: no such file (looked for {looked}); `make parts` trains what examples/ lacks")
     known = {
         p.relative_to(r).with_suffix("").as_posix() for r in roots[-3:] if r.is_dir() for p in r.rglob(f"*{suffix}")
     }

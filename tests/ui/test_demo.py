@@ -25,6 +25,40 @@ def test_commands_are_those_of_the_readme(tmp_path: Path) -> None:
     assert "seed=7" in seeded[1].command and seeded[0].command[-1] == "7"
 
 
+FOLDERS = sorted(p.parent.name for p in (Path(__file__).parent.parent.parent / "train_stages").glob("*/s1*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", FOLDERS)
+def test_any_folder_of_stages_is_a_recipe(recipe: str, tmp_path: Path) -> None:
+    demo = Demo(tmp_path / "out", recipe, 10, 0, Console(quiet=True))
+    steps = demo.training()
+    assert [s.name for s in steps] == ["data", *(stage_name(path) for path in demo.stages)]
+    made = {str(step.makes.parent) for step in steps}
+    for step in steps:
+        starts = [word for word in step.command if word.startswith("init_from=")]
+        assert all(place in made for word in starts for place in word[len("init_from=[") : -1].split(", "))
+    last = demo.evaluation()[-1]
+    assert str(steps[-1].makes.parent) in last.command, "the last stage is scored"
+
+
+def test_new_weights_of_a_pretrained_part_do_the_stages_anew(tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"one")
+    (tmp_path / "s1_a.yaml").write_text(
+        f"base: {Path(__file__).parent.parent.parent}/train_stages/tiny/s1_segmentor.yaml\n"
+        f"model_overrides: {{sam: {{pretrained: {part}}}}}\n"
+    )
+
+    def made_by() -> str:
+        return Demo(tmp_path / "out", str(tmp_path), 10, 0, Console(quiet=True)).made_by
+
+    before = made_by()
+    assert made_by() == before
+    (part / "model.safetensors").write_bytes(b"two")
+    assert made_by() != before
+
+
 def test_finished_steps_are_skipped_until_one_has_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xseg.config import FOLDERS, DataRecipe, StageRecipe, Suite, find, load_recipe
+from xseg.config import FOLDERS, DataRecipe, ModelRecipe, StageRecipe, Suite, find, load_recipe
 from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.infer.evaluate import write_json
-from xseg.train.stage import check_compiler
+from xseg.train.stage import check_compiler, read_stage
 from xseg.ui.scores import table
 
 GIB = 1 << 30
@@ -33,6 +34,7 @@ SIDE = 96
 """Pixels of a ShapeWorld image: what the tiny model sees."""
 SUITES = {"overfit": "overfit"}
 """The suite of a recipe; of all others: shapes."""
+FINGERPRINTED = {".py", ".yaml", ".safetensors"}
 PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
 """How this Python runs the programs that a command names, whatever PATH says."""
 
@@ -59,7 +61,8 @@ class Demo:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
         self.suite = SUITES.get(recipe, "shapes")
         recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
-        self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite])))
+        parts = [part for path in self.stages for part in pretrained(path)]
+        self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite]), *parts))
         self.record = out / "demo.json"
         self.seconds: dict[str, float] = {}
         self.changed = False
@@ -192,11 +195,22 @@ class Demo:
         raise UserError(f"suite {self.suite}: no phrase that names something; add a referring data set")
 
 
+def pretrained(stage: Path) -> list[Path]:
+    """The folders of the pretrained parts that a stage starts from, those that exist; training names a lost one."""
+    model = read_stage(str(stage), ["init_from=[]"]).model  # the stages before have not run yet
+    folders = [getattr(model, part).get("pretrained") for part in ("sam", "siglip", "llm")]
+    out = []
+    for name in filter(None, folders):
+        with suppress(UserError):
+            out.append(find(str(name), FOLDERS[ModelRecipe], suffix=""))
+    return out
+
+
 def fingerprint(recipes: Sequence[Path]) -> str:
-    """A digest of xseg's code and of recipe files and folders, so that a change of either does a step anew."""
+    """A digest of xseg's code and of recipes and weights, given as files or folders: a change does a step anew."""
     digest = hashlib.sha256()
     for root in (Path(__file__).parent.parent, *recipes):
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in {".py", ".yaml"})
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in FINGERPRINTED)
         for file in files:
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
