@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,18 +70,30 @@ def test_a_watched_run_trains_as_an_unwatched_one(train: Run, tmp_path: Path, na
     assert not looks(plain)
 
 
-def test_the_last_look_is_the_evaluation_of_the_exported_model(train: Run, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_the_last_look_is_the_evaluation_of_the_exported_model(
+    train: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = tmp_path / "run", []
+
+    def spy(predictor: Any, *rest: Any) -> dict[str, Any]:
+        assert not any(module.training for module in predictor.model.modules())
+        seen.append({name: value.clone() for name, value in predictor.model.state_dict().items()})
+        return evaluate(predictor, *rest)
+
+    monkeypatch.setattr(watch, "evaluate", spy)
     assert train("s3", run, "steps=3", "init_from=[]", *WATCH) == 0
+    exported = checkpoint.read_weights(run / "final")
+    changed, last = ([n for n, v in exported.items() if not torch.equal(v, weights[n])] for weights in seen)
+    assert changed and not last
     predictor, _ = load(run / "final")
-    last = looks(run)[3]
-    limits = {PANOPTIC: 3, REFER: last[REFER]["n"], TALK: last[TALK]["n"]}
+    figures = looks(run)[3]
+    limits = {PANOPTIC: 3, REFER: figures[REFER]["n"], TALK: figures[TALK]["n"]}
     assert limits[REFER] > 3 and limits[TALK] > 3, "three images have several sentences each"
     suite = Suite(name="same", rows=[SuiteRow(recipe=name, limit=n) for name, n in limits.items()])
     found = evaluate(predictor, suite, Evaluation(data, tmp_path / "eval"))["rows"]
-    for name, figures in last.items():
+    for name, figure in figures.items():
         row = next(r for r in found if r["dataset"] == name)
-        assert figures == {key: row[key] for key in ("metric", "value", "n")}
+        assert figure == {key: row[key] for key in ("metric", "value", "n")}
 
 
 def test_every_image_counts_once_however_many_sentences_it_has(train: Run, data: Path) -> None:
