@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from xseg.data.shapeworld.board import SQUARES, square
 from xseg.data.shapeworld.world import (
     COLOURS,
     GROUNDS,
@@ -284,6 +285,22 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"{_listed(parts)} on {_listed(list(scene.ground.names))}."
 
 
+def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Return four questions that ask for a description, with their answers: a caption, two orders and the places."""
+    across, down = (sorted(scene.things, key=lambda t: t.centre[axis]) for axis in (0, 1))
+    places = sorted(scene.things, key=lambda t: SQUARES.index(square(t)))
+    return [
+        ("Describe the picture.", caption(scene, rng)),
+        ("Name everything from left to right.", f"{_listed([_full(t) for t in across])}."),
+        ("Name everything from top to bottom.", f"{_listed([_full(t) for t in down])}."),
+        ("Where is everything?", f"{_listed([f'{_full(t)} at {square(t)}' for t in places])}."),
+    ]
+
+
+def _full(thing: Thing) -> str:
+    return article(Noun(thing.size, thing.colour, thing.texture, thing.shape).text())
+
+
 def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -297,6 +314,7 @@ def corpus(count: int, seed: int) -> Iterator[str]:
         policy = "open" if number % 2 else SPLITS["parts"][1]
         scene = sample_scene(seed, SPLITS["parts"][0] + number, side=64, policy=policy)
         rng = np.random.default_rng([seed, SPLITS["parts"][0] + number, 1])
-        yield caption(scene, rng)
+        # without the squares: a piece must not hold a square and the sign behind it
+        yield from (line for pair in descriptions(scene, rng)[:3] for line in pair)
         yield from (e.text for e in expressions(scene, rng, 6))
         yield from (line for q in questions(scene, rng, 6) for line in (q.text, q.answer))

@@ -1,7 +1,8 @@
 """A small tokenizer for ShapeWorld, laid out as Phi-3's: ``python -m xseg.data.shapeworld.tokenizer OUT``.
 
 SentencePiece BPE with byte fallback over ShapeWorld's sentences and the words of the tasks, so that both are short and
-any other text still works. The same code and libraries give the same bytes.
+any other text still works. The words of boards, which no sentence holds, follow as tokens of their own. The same code
+and libraries give the same bytes.
 """
 
 import io
@@ -11,25 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from xseg.data.shapeworld.board import BARE, COVERED, KINDS, LARGE_SQUARES, NOWHERE, SQUARES
 from xseg.data.shapeworld.language import corpus
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES
-from xseg.tokens import add_special_tokens, special_ids
 
-PIECES = 800
-"""Size of the SentencePiece vocabulary; the chat tokens and xseg's special tokens come after it."""
+PIECES = 860
+"""Size of the SentencePiece vocabulary; the chat tokens and the words of boards come after it."""
 SCENES, SEED = 1000, 0
 """The sentences it is trained on."""
 CHAT_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 ASCII = "".join(map(chr, range(0x21, 0x7F)))
 WORDS = """
-a all and Answer area areas asked background belong belongs by Can categories category Choose divide each every
-everything Find for from give Here I image in into is It it its kinds Label list Mark mark mask me named need
+a all and Answer at area areas asked background belong belongs by Can categories category Choose divide each every
+everything Find for from give Here here I image in into is It it its kinds Label list Mark mark mask me named Name need
 object of one Outline outline picture pixels Please region regions result Segment segment segmentation Show Sure
 that The the them these things this to Where Which which with you
 """
 """Words of the tasks' questions and answers. A list of its own: weights depend on the pieces, so a new wording must not
 change them."""
-OPENERS = "Can Find Here How I In Is Label Mark Outline Please Segment Show What Where Which"
+OPENERS = "Can Describe Find Here How I In Is Label Mark Name Outline Please Segment Show What Where Which"
 """Words that follow the image's line break, and so have no space before them."""
 
 
@@ -47,17 +48,15 @@ def build(out: Path) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-    add_special_tokens(fast)
+    fast.add_tokens([*LARGE_SQUARES, COVERED, BARE, *KINDS])
     fast.save_pretrained(out)
-    loaded = AutoTokenizer.from_pretrained(out, local_files_only=True)
-    special_ids(loaded)
-    return loaded
+    return AutoTokenizer.from_pretrained(out, local_files_only=True)
 
 
 def sentences() -> Iterator[str]:
     """Every line the pieces are learnt from."""
     # as often as a middling word of the scenes, so that they become whole pieces too
-    for word in (*SHAPES, *COLOURS, *SIZES, *TEXTURES, *GROUNDS, *WORDS.split()):
+    for word in (*SHAPES, *COLOURS, *SIZES, *TEXTURES, *GROUNDS, *SQUARES, NOWHERE, *WORDS.split()):
         yield from [word] * 200
     yield from ["."] * 200  # stands alone after a special token
     for word in OPENERS.split():
@@ -81,7 +80,7 @@ def train_pieces() -> list[tuple[str, float]]:
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        split_digits=True,
+        split_by_number=False,  # squares such as c4 are one piece
         num_threads=1,
         minloglevel=2,
     )

@@ -7,6 +7,7 @@
     instances.json              COCO instances: visible masks as compressed RLE
     refs.json                   RefCOCO's records; "ann_id" is [] where nothing is meant, a sentence has its "kind"
     talk.json                   LLaVA conversations; "question_type" is that of the last question
+    captions.json               LLaVA conversations of descriptions, four an image
     shapeworld.json             what the folder was made from
 
 A folder appears whole or not at all.
@@ -24,14 +25,14 @@ import numpy as np
 from PIL import Image
 
 from xseg.data.shapeworld.draw import PAINT, draw
-from xseg.data.shapeworld.language import expressions
+from xseg.data.shapeworld.language import descriptions, expressions
 from xseg.data.shapeworld.questions import Question, questions
 from xseg.data.shapeworld.world import GROUNDS, SPLITS, Policy, Scene, Variant, shapes_of, split_scene
 from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json, write_id_map
 from xseg.tokens import IMAGE
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same arguments give other files than before."""
 MARKER = "shapeworld.json"
 EXPRESSIONS, QUESTIONS = 6, 6
@@ -171,15 +172,16 @@ class _Files:
         self.images, self.segments = _Rows(folder / "images.rows"), _Rows(folder / "segments.rows")
         self.instances = _Rows(folder / "instances.rows")
         self.refs, self.talk = _Rows(folder / "refs.rows"), _Rows(folder / "talk.rows")
+        self.captions = _Rows(folder / "captions.rows")
 
     def close(self) -> None:
-        """Put the lists together into the four JSON files."""
+        """Put the lists together into the JSON files."""
         self._coco("panoptic.json", self.segments, self.categories)
         self._coco("instances.json", self.instances, [c for c in self.categories if c["isthing"]])
-        for name, rows in (("refs.json", self.refs), ("talk.json", self.talk)):
-            with (self.folder / name).open("w", encoding="utf8") as file:
+        for name, rows in (("refs", self.refs), ("talk", self.talk), ("captions", self.captions)):
+            with (self.folder / f"{name}.json").open("w", encoding="utf8") as file:
                 rows.copy(file)
-        for rows in (self.images, self.segments, self.instances, self.refs, self.talk):
+        for rows in (self.images, self.segments, self.instances, self.refs, self.talk, self.captions):
             rows.file.close()
             Path(rows.file.name).unlink()
 
@@ -207,6 +209,7 @@ def _write_image(files: _Files, scene: Scene, number: int, rng: np.random.Genera
         files.instances.add({**segment, "id": _annotation(number, thing), "image_id": number, "segmentation": rle})
     _write_refs(files, scene, number, rng)
     _write_talk(files, scene, number, rng)
+    _write_captions(files, scene, number, rng)
 
 
 SPREAD = 1_111_111
@@ -268,6 +271,19 @@ def _write_talk(files: _Files, scene: Scene, number: int, rng: np.random.Generat
                 "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
             }
         )
+
+
+def _write_captions(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
+    found = descriptions(scene, rng)
+    asked = [Question("description", *found[i]) for i in rng.permutation(len(found))]
+    files.captions.add(
+        {
+            "id": f"{number}",
+            "image": f"{number:012d}.png",
+            "question_type": "description",
+            "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
+        }
+    )
 
 
 def _turns(question: Question, first: bool) -> list[dict[str, str]]:
