@@ -185,6 +185,8 @@ class ModelRecipe(Recipe):
     """Fields of ``SegmentorConfig``."""
     llm_sees: list[Literal["siglip", "sam"]] = ["siglip", "sam"]
     """Image encoders whose rows the language model reads; what it does not see may still feed the mask decoder."""
+    llm_rows: Literal["concatenated", "interleaved"] = "concatenated"
+    """Order of those rows: SigLIP's, then SAM's (X-SAM), or both of a square together."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"

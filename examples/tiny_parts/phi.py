@@ -30,11 +30,12 @@ from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=6000, lr=2e-3, seed=SEED, muon=True)
+PLAN = Plan(steps=3000, lr=2e-3, seed=SEED, muon=True)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
-QUESTION_WEIGHT = 0.1
-"""Weight of what the user says in the loss, beside 1 for answers."""
+QUESTION_WEIGHT, SHORT_WEIGHT, SHORT = 0.1, 3.0, 3
+"""Weights in the loss: of what the user says; of squares and of answers of at most ``SHORT`` tokens. The rest counts 1.
+Without them the long descriptions drown the answers that take a step of thought."""
 HERE = "here "
 """Stands before a square in the answer to a request for a mask, where ``<SEG>`` stands later."""
 TEMPLATE = Path(__file__).parents[2] / "chat_templates/phi3.jinja"
@@ -45,7 +46,8 @@ def config(vocabulary: int, end: int) -> Phi3Config:
     return Phi3Config(
         vocab_size=vocabulary, hidden_size=160, intermediate_size=416, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=2048, original_max_position_embeddings=2048,
-        sliding_window=None, tie_word_embeddings=True, initializer_range=0.05, bos_token_id=1, eos_token_id=end, pad_token_id=end,
+        sliding_window=None, tie_word_embeddings=True, initializer_range=0.05, bos_token_id=1, eos_token_id=end,
+        pad_token_id=end,
     )  # fmt: skip
 
 
@@ -57,9 +59,9 @@ def scene(number: int) -> Scene:
 def asked(world: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Draw (question, answer) pairs of one kind about a scene."""
     way = rng.random()
-    if way < 0.45:
+    if way < 0.5:
         return [(q.text, q.answer) for q in questions(world, rng, 6)]
-    if way < 0.85:
+    if way < 0.9:
         return [refer(e.text, world, e.things, rng) for e in expressions(world, rng, 6)]
     found = descriptions(world, rng)
     return [found[i] for i in rng.permutation(len(found))]
@@ -82,6 +84,7 @@ class Texts:
             w: vocabulary[f"▁{w}" if f"▁{w}" in vocabulary else w]
             for w in (*WORDS, *GROUNDS, *SIZES, *COLOURS, *TEXTURES, *SHAPES)
         }
+        self.squares = [self.ids[word] for word in (*SQUARES, NOWHERE)]
         # the encoder wants xseg's own tokens; nothing of these texts uses them
         add_special_tokens(tokenizer)
         self.encoder = Encoder(tokenizer, TEMPLATE.read_text(encoding="utf8"), 4096)
@@ -97,6 +100,10 @@ class Texts:
         said = np.concatenate([text.labels[:place], np.full(len(told), IGNORE_LABEL - 1), text.labels[place + 1 :]])
         weight = np.where(said >= 0, 1.0, np.where(said == IGNORE_LABEL, QUESTION_WEIGHT, 0.0))
         weight[:place] = 0.0
+        edges = np.flatnonzero(np.diff(said >= 0, prepend=False, append=False))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            short = last - first <= SHORT + 1  # with the token that ends an answer
+            weight[first:last] = np.where(short | np.isin(ids[first:last], self.squares), SHORT_WEIGHT, 1.0)
         return ids, weight.astype(np.float32)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -177,11 +184,10 @@ class Check:
                 self._add(f"QA {q.type}", texts, world, (q.text, q.answer))
             for e in expressions(world, rng, 6):
                 self._add(f"refer {e.kind}", texts, world, refer(e.text, world, e.things, rng))
-        squares = [texts.ids[word] for word in (*SQUARES, NOWHERE)]
         for name, rows in self.rows.items():
             if name.startswith("refer"):
                 for ids, weight in rows:
-                    weight[~np.isin(ids, squares)] = 0.0
+                    weight[~np.isin(ids, texts.squares)] = 0.0
 
     def _add(self, name: str, texts: Texts, world: Scene, pair: tuple[str, str]) -> None:
         self.rows.setdefault(name, []).append(texts.sample(world, [pair]))
@@ -210,7 +216,7 @@ class Check:
             guess = llm(input_ids=ids, use_cache=False).logits.argmax(-1)
         out = []
         for k, (row, weight) in enumerate(rows):
-            said = torch.from_numpy(weight == 1.0)[1:]
+            said = torch.from_numpy(weight >= 1.0)[1:]
             out.append(bool((guess[k, : len(row) - 1] == ids[k, 1 : len(row)])[said].all()))
         return out
 
@@ -238,7 +244,8 @@ and learnt to describe them, to answer questions and to name the square of what 
 
 * Scenes: seed {SEED} of ShapeWorld's split "parts", which no stage and no suite uses; half of them with a held-out
   shape (heart, arrow), none with a held-out pair (purple triangle, yellow ring).
-* Loss: next token; answers count 1, questions {QUESTION_WEIGHT}, boards 0.
+* Loss: next token; squares and short answers count {SHORT_WEIGHT}, other answers 1, questions {QUESTION_WEIGHT},
+  boards 0.
 
 Made by `make parts` ({PLAN.steps} steps of {BATCH} conversations, learning rate {PLAN.lr}, a moving average of the
 weights is kept). The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data. Figures hold

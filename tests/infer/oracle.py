@@ -12,6 +12,7 @@ from xseg.encode import Encoder
 from xseg.geometry.views import ViewSizes
 from xseg.infer.predictor import Predictor
 from xseg.infer.processing import XSegProcessor
+from xseg.tokens import add_special_tokens
 from xseg.types import Batch, ModelOutput
 
 LOUD = 30.0
@@ -78,7 +79,8 @@ class Oracle(torch.nn.Module):
 def encoder() -> Encoder:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(find("shapes_tokenizer", "train_stages/models", suffix=""))
+    tokenizer = AutoTokenizer.from_pretrained(find("examples/tiny_parts/phi", "train_stages/models", suffix=""))
+    add_special_tokens(tokenizer)
     return Encoder(tokenizer, find("phi3", "chat_templates", ".jinja").read_text(encoding="utf8"), 512)
 
 

@@ -4,26 +4,40 @@ import pytest
 from transformers import AutoTokenizer
 
 from xseg.data.shapeworld import tokenizer as building
+from xseg.data.shapeworld.board import BARE, COVERED, KINDS, LARGE_SQUARES, NOWHERE, SQUARES
 from xseg.data.shapeworld.language import corpus
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES
 from xseg.encode import Encoder
 from xseg.tasks import phrasing
-from xseg.tokens import IMAGE, special_ids
+from xseg.tokens import IMAGE, add_special_tokens, special_ids
 from xseg.types import Turn
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "train_stages/models/shapes_tokenizer"
+COMMITTED = ROOT / "examples/tiny_parts/phi"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return AutoTokenizer.from_pretrained(COMMITTED, local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(COMMITTED, local_files_only=True)
+    add_special_tokens(loaded)
+    return loaded
 
 
 def test_the_committed_files_are_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     building.build(tmp_path)
-    committed = {p.name: p.read_bytes() for p in COMMITTED.iterdir()}
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == committed
+    built = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(built) == {"tokenizer.json", "tokenizer_config.json"}
+    assert built == {name: (COMMITTED / name).read_bytes() for name in built}
+
+
+def test_a_square_is_one_piece_and_never_takes_the_sign_behind_it(tokenizer) -> None:
+    for word in (*SQUARES, NOWHERE):
+        assert tokenizer.tokenize(f"at {word}. {word}, and")[1:5] == [f"▁{word}", ".", f"▁{word}", ","]
+
+
+def test_a_word_of_boards_is_one_token(tokenizer) -> None:
+    for word in (*LARGE_SQUARES, COVERED, BARE, *KINDS):
+        assert [p.removeprefix("▁") for p in tokenizer.tokenize(word)] == [word]
 
 
 def test_special_tokens_are_single_ids_at_the_end(tokenizer) -> None:

@@ -41,7 +41,7 @@ def save_model(folder: Path, parts: tuple[str, ...], head: str) -> Path:
     from xseg.models.build import build_config, build_model
 
     recipe = ModelRecipe(
-        sam=SAM, siglip=SIGLIP, llm=LLM, segmentor=SEGMENTOR, tokenizer="shapes_tokenizer", max_tokens=512
+        sam=SAM, siglip=SIGLIP, llm=LLM, segmentor=SEGMENTOR, tokenizer="examples/tiny_parts/phi", max_tokens=512
     )
     processor = XSegProcessor.from_recipe(recipe, parts)
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ def build_config(
     _check_sight(recipe, parts)
     return XSegConfig(
         llm_sees=recipe.llm_sees,
+        llm_rows=recipe.llm_rows,
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
         text_config=text,

@@ -8,6 +8,7 @@ from xseg.errors import UserError, did_you_mean
 
 ENCODERS = ("siglip", "sam")
 """Image encoders that the language model can read, in the order of their rows."""
+ROW_ORDERS = ("concatenated", "interleaved")
 
 
 class SamConfig(SamVisionConfig):
@@ -84,6 +85,9 @@ class XSegConfig(PreTrainedConfig):
     segmentor_config: Any = None
     llm_sees: Any = None
     """Image encoders whose rows the language model reads; None = both, ["siglip", "sam"], as far as they are built."""
+    llm_rows: str = "concatenated"
+    """"concatenated" (SigLIP's rows, then SAM's: X-SAM) or "interleaved" (both rows of a square together; grids must
+    agree). A small language model pairs neighbours long before it pairs rows that stand far apart."""
     sam_layer: int = -2
     """SAM hidden state that the language model reads."""
     siglip_layer: int = -2
@@ -110,6 +114,18 @@ class XSegConfig(PreTrainedConfig):
                 raise UserError(f"llm.model_type = {kind!r}: transformers has none{did_you_mean(kind, CONFIG_MAPPING)}")
             self.text_config = AutoConfig.for_model(**{"model_type": kind, **self.text_config})
         super().__post_init__(**kwargs)
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        if self.llm_rows not in ROW_ORDERS:
+            raise UserError(f"llm_rows = {self.llm_rows!r}: write one of {', '.join(ROW_ORDERS)}")
+        if self.llm_rows == "interleaved" and self.sees("siglip") and self.sees("sam"):
+            sides = [c.image_size // c.patch_size for c in (self.siglip_config, self.sam_config)]
+            if sides[0] * self.sam_shuffle != sides[1]:
+                raise UserError(
+                    f"llm_rows = 'interleaved': SigLIP has {sides[0]} rows a side, SAM's grid of {sides[1]} gives "
+                    f"{sides[1] // self.sam_shuffle}; make both equal, or write 'concatenated'"
+                )
 
     def sees(self, encoder: str) -> bool:
         """Whether the language model reads rows of ``encoder`` ("siglip" or "sam")."""

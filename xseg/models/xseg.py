@@ -120,7 +120,15 @@ class XSegModel(PreTrainedModel):
                 rows.append(cells.flatten(1, 2))
             if masks:
                 maps = self.segmentor.maps(states)
-        return ImageFeatures(torch.cat([r.to(rows[-1].dtype) for r in rows], 1) if rows else None, cells, maps)
+        return ImageFeatures(self._rows(rows) if rows else None, cells, maps)
+
+    def _rows(self, encoders: Sequence[Tensor]) -> Tensor:
+        """Rows (I, n, D) of each encoder -> all that the language model reads of an image."""
+        rows = [r.to(encoders[-1].dtype) for r in encoders]
+        # the black pictures that only keep gradients alive have grids that differ
+        if self.config.llm_rows == "interleaved" and len(rows) == 2 and rows[0].shape == rows[1].shape:
+            return torch.stack(rows, 2).flatten(1, 2)
+        return torch.cat(rows, 1)
 
     def read(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None = None) -> tuple[Layout, Tensor]:
         """Splice and run the language model: where the tokens stand, and states (B, n, D) after its final norm."""

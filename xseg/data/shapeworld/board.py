@@ -1,8 +1,8 @@
 """A scene as a board of 6 x 6 squares, in words: what a text-only model can know of a picture.
 
 Squares are named as on a chess board: column a to f from the left, row 1 to 6 from the top. ``board`` tells a scene in
-two rows of 36 words each: what is on each square, then where a thing has its centre. The miniature language model is
-trained on such boards before it sees any picture; SigLIP's and SAM's 36 rows each take their place later.
+two words a square: what is on it, and whether a thing has its centre there. The miniature language model is trained on
+such boards before it sees any picture; SigLIP's and SAM's rows of each square take the places of these words later.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ SQUARES = tuple(f"{column}{row + 1}" for row in range(SIDE) for column in "abcde
 LARGE_SQUARES = tuple(name.upper() for name in SQUARES)
 """The square of a large thing's centre, on a board; sentences write squares small."""
 COVERED, BARE, NOWHERE = "covered", "bare", "nowhere"
-"""Where a square holds no centre: most of it belongs to a thing, or to the ground. ``NOWHERE``: the place of nothing."""
+"""A square that holds no centre belongs mostly to a thing, or to the ground; ``NOWHERE`` is the place of nothing."""
 KINDS = {
     f"{texture if texture != 'plain' else ''}{colour}{shape}": (texture, colour, shape)
     for shape in SHAPES
@@ -39,7 +39,7 @@ def kind(thing: Thing) -> str:
 
 
 def board(scene: Scene) -> list[str]:
-    """Return 36 words of what is on the squares, then 36 of where things are; row by row.
+    """Return 72 words, two a square, row by row: what is on it, and its name where a thing has its centre there.
 
     A square shows the thing whose centre it holds (the nearer of two), else what most of it belongs to. The scene's
     side must be a multiple of 6 pixels.
@@ -55,4 +55,4 @@ def board(scene: Scene) -> list[str]:
         place = SQUARES.index(name)
         what[place] = kind(thing)
         where[place] = name.upper() if thing.size == "large" else name
-    return what + where
+    return [word for pair in zip(what, where, strict=True) for word in pair]
