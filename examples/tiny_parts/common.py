@@ -30,8 +30,9 @@ class Plan:
     seed: int
     warmup: int = 200
     weight_decay: float = 0.05
-    muon: bool = False
-    """Muon for the matrices, which learns these texts in fewer steps than AdamW."""
+    muon: float = 0.0
+    """Learning rate of Muon, for the matrices, as a multiple of ``lr``; 0 = AdamW for all. Muon's steps are scaled to
+    the size of AdamW's; it needs about half as many of them here."""
     clip: float = 1.0
     average: float = 0.998
     """Decay of the moving average of the weights, which is what is kept; it takes a share of the first steps only."""
@@ -90,7 +91,7 @@ def train(
     clock = time.monotonic()
     for step, batch in enumerate(loader, first):
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * (plan.muon if "momentum" in group else 1.0)
         with torch.autocast("cpu", torch.bfloat16):
             terms = loss_of(model, batch)
         total = torch.stack(list(terms.values())).sum()

@@ -21,23 +21,27 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from xseg.data.shapeworld import tokenizer as words
 from xseg.data.shapeworld.board import KINDS, NOWHERE, SQUARES, WORDS, board, square
-from xseg.data.shapeworld.language import descriptions, expressions
-from xseg.data.shapeworld.questions import questions
-from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, sample_scene
+from xseg.data.shapeworld.language import ATTRIBUTES, Noun, descriptions, draw_expression, expressions, nouns_of
+from xseg.data.shapeworld.questions import QUESTION_TYPES, questions
+from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, allowed, sample_scene
 from xseg.encode import Encoder
 from xseg.tasks import phrasing
 from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=3000, lr=2e-3, seed=SEED, muon=True)
+PLAN = Plan(steps=2400, lr=2e-3, seed=SEED, muon=1.5)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 QUESTION_WEIGHT, SHORT_WEIGHT, SHORT = 0.1, 3.0, 3
 """Weights in the loss: of what the user says; of squares and of answers of at most ``SHORT`` tokens. The rest counts 1.
 Without them the long descriptions drown the answers that take a step of thought."""
+EARLY = 600
+"""First steps, whose questions take one look each."""
+ONE_LOOK = ("presence", "colour", "shape", "ground")
 HERE = "here "
 """Stands before a square in the answer to a request for a mask, where ``<SEG>`` stands later."""
+VALUES = {"size": SIZES, "colour": COLOURS, "texture": TEXTURES, "shape": SHAPES}
 TEMPLATE = Path(__file__).parents[2] / "chat_templates/phi3.jinja"
 
 
@@ -56,15 +60,36 @@ def scene(number: int) -> Scene:
     return sample_scene(SEED, number, side=SIDE, policy="open" if number % 2 else "seen")
 
 
-def asked(world: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Draw (question, answer) pairs of one kind about a scene."""
-    way = rng.random()
-    if way < 0.5:
-        return [(q.text, q.answer) for q in questions(world, rng, 6)]
-    if way < 0.9:
-        return [refer(e.text, world, e.things, rng) for e in expressions(world, rng, 6)]
-    found = descriptions(world, rng)
+def asked(world: Scene, rng: np.random.Generator, early: bool = False) -> list[tuple[str, str]]:
+    """Draw (question, answer) pairs about a scene: descriptions, or a mixture of everything else.
+
+    ``early``: only what takes one look, found by an attribute or two; what counts and compares builds upon it.
+    """
+    if rng.random() < 0.1:
+        found = descriptions(world, rng)
+    else:
+        found = [(q.text, q.answer) for q in questions(world, rng, 6, ONE_LOOK if early else QUESTION_TYPES)]
+        told = expressions(world, rng, 4)
+        if early:
+            nouns = nouns_of(world)
+            told = [e for _ in range(4) if (e := draw_expression(world, nouns, "attribute", rng)) is not None]
+        found += [refer(e.text, world, e.things, rng) for e in told]
+        found += [filtered(world, rng) for _ in range(2)]
     return [found[i] for i in rng.permutation(len(found))]
+
+
+def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the squares of everything that has one or two given attributes; half of the time they fit something."""
+    like = world.things[rng.integers(len(world.things))]
+    names = [str(n) for n in rng.choice(ATTRIBUTES, rng.integers(1, 3), False)]
+    values = {n: getattr(like, n) for n in names}
+    if rng.random() < 0.5:
+        values[names[0]] = str(rng.choice(VALUES[names[0]]))
+    noun = Noun(**values)
+    if not allowed(noun.colour or "", noun.shape or SHAPES[0], "open"):
+        noun = replace(noun, colour=None)
+    places = [square(t) for t in world.things if noun.fits(t)]
+    return f"Where is every {noun.text()}?", " ".join(sorted(places, key=SQUARES.index)) or NOWHERE
 
 
 def refer(text: str, world: Scene, things: Sequence[int], rng: np.random.Generator) -> tuple[str, str]:
@@ -112,7 +137,7 @@ class Texts:
         for k in range(BATCH):
             number = SPLITS["parts"][0] + step * BATCH + k
             world, rng = scene(number), np.random.default_rng([SEED, number, 1])
-            rows.append(self.sample(world, asked(world, rng) or descriptions(world, rng)))
+            rows.append(self.sample(world, asked(world, rng, step < EARLY)))
         length = max(len(ids) for ids, _ in rows)
         ids, weights = np.zeros((BATCH, length), np.int64), np.zeros((BATCH, length), np.float32)
         for k, (row, weight) in enumerate(rows):

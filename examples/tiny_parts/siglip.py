@@ -25,7 +25,7 @@ from xseg.data.shapeworld.language import NUMBERS, Noun
 from xseg.data.shapeworld.world import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, sample_scene
 
 SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 64, 4
-PLAN = Plan(steps=2000, lr=2e-3, seed=SEED, muon=True)
+PLAN = Plan(steps=2000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 VOCABULARIES = (SIZES, COLOURS, TEXTURES, SHAPES, SQUARES)

@@ -3,7 +3,7 @@
 Where an answer is drawn first (yes or no, a number), the same wording serves every answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from xseg.data.shapeworld.world import COLOURS, GROUNDS, Scene, shapes_of
 
 COUNT_SHARES = (0.05, 0.12, 0.11, 0.23, 0.49)
 """How often the answers 0 to 4 are tried; many are rarely found, so that the answers come out about equal."""
+QUESTION_TYPES = ("presence", "colour", "shape", "count", "position", "relation", "ground")
 MIDDLE = 0.08
 """Things nearer than this to a middle line have no corner."""
 
@@ -26,13 +27,15 @@ class Question:
     answer: str
 
 
-def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """Draw at most ``count`` different questions, of as many types as there are."""
+def questions(
+    scene: Scene, rng: np.random.Generator, count: int, types: Sequence[str] = QUESTION_TYPES
+) -> list[Question]:
+    """Draw at most ``count`` different questions, of as many of the ``types`` as there are."""
     nouns = nouns_of(scene)
     out: dict[str, Question] = {}
     while count > len(out):
         before = len(out)
-        for kind in rng.permutation(list(ASK)):
+        for kind in rng.permutation(list(types)):
             found = _ask(str(kind), scene, nouns, rng)
             if found is not None and len(out) < count:
                 out.setdefault(found.text, found)
