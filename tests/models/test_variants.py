@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import CATEGORIES, TALK, alone, batch, kinds, model
+from model_cases import CATEGORIES, TALK, alone, batch, config, kinds, model
 from test_model_properties import without_gradient
 
 from xseg.config import LossWeights, ModelRecipe
@@ -14,6 +14,7 @@ from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
 from xseg.models import checkpoint
 from xseg.models.build import build_config
+from xseg.models.configuration import XSegConfig
 from xseg.models.mask_decoder import Groups
 
 torch.set_num_threads(1)
@@ -135,6 +136,22 @@ def test_a_drawn_prompt_needs_sams_rows() -> None:
         model(llm_sees=["siglip"])(kinds()["regions"])
 
 
+@pytest.mark.parametrize("kind", list(kinds()))
+def test_interleaved_rows_keep_every_gradient(kind: str) -> None:
+    made = model(llm_rows="interleaved").train()
+    assert without_gradient(made, made(kinds()[kind])) == []
+
+
+@torch.no_grad()
+def test_interleaved_rows_are_the_same_rows_square_by_square() -> None:
+    one = batch([TALK])
+    plain = model().eval().encode_images(one.llm_pixels, one.mask_pixels).rows
+    paired = model(llm_rows="interleaved").eval().encode_images(one.llm_pixels, one.mask_pixels).rows
+    assert torch.equal(paired[:, 0::2], plain[:, :4]) and torch.equal(paired[:, 1::2], plain[:, 4:])
+    alone = model(llm_rows="interleaved", llm_sees=["siglip"]).eval()
+    assert alone.encode_images(one.llm_pixels, one.mask_pixels).rows.shape[1] == 4
+
+
 def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
     made = model(llm_sees=["siglip"], connector="none", mask_decoder="sam").eval()
     checkpoint.save(made, tmp_path / "new")
@@ -145,7 +162,12 @@ def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
     checkpoint.save(plain, tmp_path / "old")
     path = tmp_path / "old/config.json"
     stored = json.loads(path.read_text())
-    del stored["llm_sees"], stored["segmentor_config"]["connector"], stored["segmentor_config"]["mask_decoder"]
+    del (
+        stored["llm_sees"],
+        stored["llm_rows"],
+        stored["segmentor_config"]["connector"],
+        stored["segmentor_config"]["mask_decoder"],
+    )
     path.write_text(json.dumps(stored))
     with torch.no_grad():
         opened = checkpoint.load(tmp_path / "old").eval()(kinds()["phrases"])
@@ -159,6 +181,10 @@ def test_wrong_choices_say_what_is_right() -> None:
         model(mask_decoder="sam2", connector="none")
     with pytest.raises(UserError, match=r"reads one map.*set segmentor\.connector to one of conv, linear, none"):
         model(mask_decoder="sam")
+    with pytest.raises(UserError, match=r"llm_rows = 'mixed': write one of concatenated, interleaved"):
+        model(llm_rows="mixed")
+    with pytest.raises(UserError, match=r"SigLIP has 2 rows a side, SAM's grid of 4 gives 4"):
+        XSegConfig(**{**config(llm_rows="interleaved").to_dict(), "sam_shuffle": 1})
     with pytest.raises(UserError, match=r"'siglipp' is no image encoder.*'siglip'"):
         model(llm_sees=["siglipp"])
     sam = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
