@@ -186,13 +186,14 @@ def save(out: Path, config: dict[str, Any], state: dict[str, Tensor], card: str,
     out.mkdir(parents=True, exist_ok=True)
     halves = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
     save_file(halves, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf8")
     (out / "README.md").write_text(card, encoding="utf8")
     shutil.copyfile(work / LOG, out / LOG)
 
 
-def curve(work: Path) -> str:
-    """Return the held-out figures of a log as a Markdown table."""
+def card(text: str, plan: Plan, work: Path) -> str:
+    """Return a card, with the number of steps put in and the held-out figures of the log as a Markdown table."""
     rows = [json.loads(line) for line in (work / LOG).read_text(encoding="utf8").splitlines()]
     rows = [row for row in rows if "held_out" in row]
     names = list(rows[-1]["held_out"])
@@ -200,4 +201,4 @@ def curve(work: Path) -> str:
     for row in rows:
         cells = [f"{row['held_out'][name]:.1f}" for name in names]
         lines.append(f"| {row['step']} | {row['seconds'] / 60:.1f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return text.replace("@STEPS", str(plan.steps)) + "\n".join(lines) + "\n"

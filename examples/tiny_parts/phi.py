@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, curve, save, train
+from common import Plan, arguments, card, save, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config
 
@@ -30,13 +30,13 @@ from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=2400, lr=2e-3, seed=SEED, muon=1.5)
+PLAN = Plan(steps=9000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 QUESTION_WEIGHT, SHORT_WEIGHT, SHORT = 0.1, 3.0, 3
 """Weights in the loss: of what the user says; of squares and of answers of at most ``SHORT`` tokens. The rest counts 1.
 Without them the long descriptions drown the answers that take a step of thought."""
-EARLY = 600
+EARLY = 300
 """First steps, whose questions take one look each."""
 ONE_LOOK = ("presence", "colour", "shape", "ground")
 HERE = "here "
@@ -258,7 +258,7 @@ def main() -> None:
     work = Path("runs/parts") / given.out.name
     model = train(model, plan, texts.batch, loss_of, Check(texts, 300), work)
     state = {n: v for n, v in model.finished().state_dict().items() if n != "lm_head.weight"}
-    save(given.out, sizes.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, state, CARD + curve(work) + "\n", work)
+    save(given.out, sizes.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, state, card(CARD, plan, work), work)
 
 
 CARD = f"""# phi: a miniature language model of ShapeWorld
@@ -272,7 +272,7 @@ and learnt to describe them, to answer questions and to name the square of what 
 * Loss: next token; squares and short answers count {SHORT_WEIGHT}, other answers 1, questions {QUESTION_WEIGHT},
   boards 0.
 
-Made by `make parts` ({PLAN.steps} steps of {BATCH} conversations, learning rate {PLAN.lr}, a moving average of the
+Made by `make parts` (@STEPS steps of {BATCH} conversations, learning rate {PLAN.lr}, a moving average of the
 weights is kept). The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data. Figures hold
 for ShapeWorld and nothing else.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, curve, save, train
+from common import Plan, arguments, card, save, train
 from torch import Tensor, nn
 from transformers import SamConfig as WholeConfig
 from transformers import SamModel
@@ -147,7 +147,7 @@ def main() -> None:
     trained = train(Sam(), plan, batch, loss_of, Check(10), work)
     settings: dict[str, Any] = config().to_dict()
     settings["vision_config"] = VISION | {"model_type": "sam_vision_model"}
-    save(given.out, settings, dict(trained.state_dict()), CARD + curve(work) + "\n", work)
+    save(given.out, settings, dict(trained.state_dict()), card(CARD, plan, work), work)
 
 
 CARD = f"""# sam: a miniature SAM of ShapeWorld
@@ -161,7 +161,7 @@ classes.
 * Prompts: a click inside a thing or a ground, or its box with noise of 1.5 pixels.
 * Loss: cross-entropy and dice of the best of three masks (one for a box), and the error of the expected quality.
 
-Made by `make parts` ({PLAN.steps} steps of {IMAGES} pictures with {PROMPTS} prompts each, learning rate {PLAN.lr},
+Made by `make parts` (@STEPS steps of {IMAGES} pictures with {PROMPTS} prompts each, learning rate {PLAN.lr},
 a moving average of the weights is kept). The weights are bf16 safetensors in transformers' layout. Apache-2.0,
 generated data. Figures hold for ShapeWorld and nothing else.
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, curve, save, train
+from common import Plan, arguments, card, save, train
 from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -214,7 +214,7 @@ def main() -> None:
     kept = {n: v for n, v in trained.vision.state_dict().items() if not n.startswith("head.")}
     state = {f"vision_model.{name}": value for name, value in kept.items()}
     settings = vision_config().to_dict() | {"architectures": ["SiglipVisionModel"], "vision_use_head": False}
-    save(given.out, settings, state, CARD + curve(work) + "\n", work)
+    save(given.out, settings, state, card(CARD, plan, work), work)
 
 
 CARD = f"""# siglip: a miniature SigLIP vision tower of ShapeWorld
@@ -228,7 +228,7 @@ captions and lies behind everything that a language model reads. The text tower 
   and as many with one word changed.
 * Loss: SigLIP's sigmoid loss over all pairs of pictures and captions in a batch, with their computed truth.
 
-Made by `make parts` ({PLAN.steps} steps of {PICTURES} pictures, learning rate {PLAN.lr}, a moving average of the
+Made by `make parts` (@STEPS steps of {PICTURES} pictures, learning rate {PLAN.lr}, a moving average of the
 weights is kept). The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data. Figures hold
 for ShapeWorld and nothing else.
 
