@@ -54,7 +54,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(module, "PICTURES", 2)
     final = tmp_path / "run/s3/final"
     recipe = ModelRecipe(
-        sam=SAM, siglip=SIGLIP, llm=LLM, segmentor=SEGMENTOR, tokenizer="shapes_tokenizer", max_tokens=512
+        sam=SAM, siglip=SIGLIP, llm=LLM, segmentor=SEGMENTOR, tokenizer="examples/tiny_parts/phi", max_tokens=512
     )
     parts = ("segmentor", "siglip", "llm")
     processor = XSegProcessor.from_recipe(recipe, parts)
