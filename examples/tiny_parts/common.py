@@ -1,6 +1,7 @@
 """What the three scripts share: a resumable training loop, its log, and the card it ends with."""
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -141,8 +142,6 @@ def _average(mean: dict[str, Tensor], model: nn.Module, decay: float) -> None:
 
 
 def _averaged(model: nn.Module, mean: dict[str, Tensor]) -> nn.Module:
-    import copy
-
     twin = copy.deepcopy(model)
     twin.load_state_dict(mean)
     return twin.eval()

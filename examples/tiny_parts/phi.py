@@ -69,10 +69,11 @@ def asked(world: Scene, rng: np.random.Generator, early: bool = False) -> list[t
         found = descriptions(world, rng)
     else:
         found = [(q.text, q.answer) for q in questions(world, rng, 6, ONE_LOOK if early else QUESTION_TYPES)]
-        told = expressions(world, rng, 4)
         if early:
             nouns = nouns_of(world)
             told = [e for _ in range(4) if (e := draw_expression(world, nouns, "attribute", rng)) is not None]
+        else:
+            told = expressions(world, rng, 4)
         found += [refer(e.text, world, e.things, rng) for e in told]
         found += [filtered(world, rng) for _ in range(2)]
     return [found[i] for i in rng.permutation(len(found))]

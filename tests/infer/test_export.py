@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from oracle import encoder
 from safetensors.torch import load_file
+from small_models import LLM, SEGMENTOR, SIGLIP
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError
@@ -21,23 +23,7 @@ from xseg.models import checkpoint
 from xseg.models.build import build_config, build_model
 from xseg.types import Prediction, Segment
 
-SAM = {
-    "stem": "residual", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
-    "patch_size": 8, "mlp_dim": 32, "window_size": 0, "global_attn_indexes": [0, 1], "output_channels": 8,
-}  # fmt: skip
-SIGLIP = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
-    "intermediate_size": 32,
-}  # fmt: skip
-LLM = {
-    "model_type": "phi3", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 807, "pad_token_id": 0, "eos_token_id": 2,
-    "max_position_embeddings": 1024, "original_max_position_embeddings": 1024,
-}  # fmt: skip
-SEGMENTOR = {
-    "width": 16, "connector_width": 16, "pixel_decoder": "fpn", "num_queries": 4, "decoder_layers": 1, "heads": 2,
-    "ffn": 16,
-}  # fmt: skip
+SAM = {**small_models.SAM, "stem": "residual"}
 STAGE = {
     "stage": "s3_mixed", "model": "tiny", "steps": 7, "batch_size": 4, "accumulate": 2, "seed": 5, "init_from": [],
     "mixture": {"datasets": [{"recipe": "shapes/refer_train"}]}, "data_root": "nowhere",
