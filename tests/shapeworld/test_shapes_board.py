@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xseg.data.shapeworld.board import BARE, COVERED, KINDS, SIDE, SQUARES, board, kind, square
+from xseg.data.shapeworld.board import BARE, COVERED, MOST, SIDE, SQUARES, board, square
 from xseg.data.shapeworld.language import descriptions
 from xseg.data.shapeworld.world import split_scene
 
@@ -11,33 +11,32 @@ def scenes():
     return [split_scene(0, "val", number, side=48) for number in range(60)]
 
 
+def look(thing):
+    return thing.texture, thing.colour, thing.shape
+
+
 def test_a_board_names_every_thing_once_where_it_stands():
     for scene in scenes():
         told = board(scene)
-        what, where = told[::2], told[1::2]
-        assert len(what) == len(where) == 36
-        placed = {word.lower(): word for word in where if word not in (COVERED, BARE)}
-        assert set(placed) == {square(t) for t in scene.things}
+        assert len(told) == 36
+        assert max(map(len, told)) <= MOST
+        assert {words[3] for words in told if len(words) == MOST} == {square(t) for t in scene.things}
         for thing in scene.things:
             if sum(square(t) == square(thing) for t in scene.things) == 1:
-                place = SQUARES.index(square(thing))
-                assert where[place].lower() == square(thing)
-                assert where[place].isupper() == (thing.size == "large")
-                assert what[place] == kind(thing)
-                assert KINDS[what[place]] == (thing.texture, thing.colour, thing.shape)
+                assert told[SQUARES.index(square(thing))] == (*look(thing), square(thing), thing.size)
 
 
 def test_a_square_without_a_centre_shows_what_most_of_it_belongs_to():
     for scene in scenes():
-        told, step = board(scene), scene.side // SIDE
-        for place, where in enumerate(told[1::2]):
-            if where in (COVERED, BARE):
+        step = scene.side // SIDE
+        for place, words in enumerate(board(scene)):
+            if words[-1] in (COVERED, BARE):
                 row, column = divmod(place, SIDE)
                 cell = scene.owner[row * step : (row + 1) * step, column * step : (column + 1) * step]
                 owner = np.bincount(cell.ravel()).argmax()
-                names = [*scene.ground.names, *(kind(t) for t in scene.things)]
-                assert told[2 * place] == names[owner - 1]
-                assert (where == COVERED) == (owner > len(scene.ground.names))
+                looks = [*((name,) for name in scene.ground.names), *map(look, scene.things)]
+                assert words[:-1] == looks[owner - 1]
+                assert (words[-1] == COVERED) == (owner > len(scene.ground.names))
 
 
 def test_descriptions_name_every_thing_in_the_order_they_promise():

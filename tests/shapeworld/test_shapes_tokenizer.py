@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from xseg.data.shapeworld import tokenizer as building
-from xseg.data.shapeworld.board import BARE, COVERED, KINDS, LARGE_SQUARES, NOWHERE, SQUARES
+from xseg.data.shapeworld.board import BARE, COVERED, NOWHERE, SQUARES
 from xseg.data.shapeworld.language import corpus
-from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES
+from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES
 from xseg.encode import Encoder
 from xseg.tasks import phrasing
 from xseg.tokens import IMAGE, add_special_tokens, special_ids
@@ -36,7 +36,7 @@ def test_a_square_is_one_piece_and_never_takes_the_sign_behind_it(tokenizer) -> 
 
 
 def test_a_word_of_boards_is_one_token(tokenizer) -> None:
-    for word in (*LARGE_SQUARES, COVERED, BARE, *KINDS):
+    for word in (*SQUARES, COVERED, BARE, *GROUNDS, *SIZES, *COLOURS, *TEXTURES, *SHAPES):
         assert [p.removeprefix("▁") for p in tokenizer.tokenize(word)] == [word]
 
 

@@ -1,7 +1,7 @@
 """A small tokenizer for ShapeWorld, laid out as Phi-3's: ``python -m xseg.data.shapeworld.tokenizer OUT``.
 
 SentencePiece BPE with byte fallback over ShapeWorld's sentences and the words of the tasks, so that both are short and
-any other text still works. The words of boards, which no sentence holds, follow as tokens of their own. The same code
+any other text still works. The two words of boards that no sentence holds follow as tokens of their own. The same code
 and libraries give the same bytes.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xseg.data.shapeworld.board import BARE, COVERED, KINDS, LARGE_SQUARES, NOWHERE, SQUARES
+from xseg.data.shapeworld.board import BARE, COVERED, NOWHERE, SQUARES
 from xseg.data.shapeworld.language import corpus
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES
 
@@ -48,7 +48,7 @@ def build(out: Path) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-    fast.add_tokens([*LARGE_SQUARES, COVERED, BARE, *KINDS])
+    fast.add_tokens([COVERED, BARE])
     fast.save_pretrained(out)
     return AutoTokenizer.from_pretrained(out, local_files_only=True)
 
