@@ -21,7 +21,7 @@ photos: compiler $(READY)
 
 # The pretrained miniatures that train_stages/long starts from; every script resumes what was cut short.
 parts: $(READY)
-	$(BIN)/python examples/tiny_parts/phi.py --out examples/tiny_parts/phi
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/tiny_parts/phi.py --out examples/tiny_parts/phi
 	$(BIN)/python examples/tiny_parts/siglip.py --out examples/tiny_parts/siglip
 	$(BIN)/python examples/tiny_parts/sam.py --out examples/tiny_parts/sam
 

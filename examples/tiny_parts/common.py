@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -71,6 +72,15 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def processes() -> tuple[int, int]:
+    """Return rank and number of processes; under torchrun each takes its share of every batch."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
 def train(
     model: nn.Module,
     plan: Plan,
@@ -83,6 +93,7 @@ def train(
 
     ``loss_of`` gives the terms of the loss, which are added; ``check`` gives held-out figures.
     """
+    rank, world = processes()
     work.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(model, plan)
     mean = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -98,6 +109,8 @@ def train(
         total = torch.stack(list(terms.values())).sum()
         model.zero_grad()
         total.backward()
+        if world > 1:
+            _share(model, world)
         nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -105,6 +118,8 @@ def train(
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.item()
         done = step + 1
+        if rank:  # the first process writes and checks
+            continue
         if done % EVERY == 0:
             spent = seconds + time.monotonic() - clock
             _log(work, {"step": done, "seconds": round(spent, 1), **{k: round(v / EVERY, 4) for k, v in sums.items()}})
@@ -135,6 +150,15 @@ def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     return found
 
 
+def _share(model: nn.Module, world: int) -> None:
+    """Replace the gradients by their means over all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def _average(mean: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     with torch.no_grad():
         for name, value in model.state_dict().items():
@@ -157,6 +181,8 @@ def _restore(work: Path, model: nn.Module, optimizers: list[Any], mean: dict[str
         optimizer.load_state_dict(kept)
     for name, value in state["mean"].items():
         mean[name].copy_(value)
+    if processes()[0]:
+        return int(state["step"]), 0.0
     lines = [json.loads(line) for line in (work / LOG).read_text(encoding="utf8").splitlines()]
     earlier = [line for line in lines if line["step"] <= state["step"]]
     (work / LOG).write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf8")

@@ -11,13 +11,15 @@ the start, this takes many times as long to appear. Then everything in short lin
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, card, save, train
+from common import Plan, arguments, card, processes, save, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config
 
@@ -53,8 +55,12 @@ from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
 PLAN = Plan(steps=6000, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
-LOOKS, LINES = 1000, 4000
+LOOKS, LINES = 1000, 3500
 """Steps after which more is asked than look-ups, and after which lines become conversations."""
+MIXED = 3
+"""After ``LINES`` every third step stays one of lines."""
+HARD = ("relation", "ground")
+"""Questions that come more often: in equal shares they stay at chance when all others are learnt."""
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 QUESTION_WEIGHT, SHORT_WEIGHT, SHORT = 0.05, 3.0, 3
@@ -133,8 +139,13 @@ def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def everything(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw lines of every kind: look-ups, expressions and questions."""
     found = look_ups(world, rng)[:4] + [(e.text, _place(world, e.things)) for e in expressions(world, rng, 6)]
-    found += [(q.text, q.answer) for q in questions(world, rng, 8)]
+    found += _asked(world, rng)
     return [found[i] for i in rng.permutation(len(found))]
+
+
+def _asked(world: Scene, rng: np.random.Generator) -> Pairs:
+    asked = [*questions(world, rng, 6), *questions(world, rng, 5, HARD)]
+    return [(q.text, q.answer) for q in asked]
 
 
 def conversation(world: Scene, rng: np.random.Generator) -> Pairs:
@@ -142,7 +153,7 @@ def conversation(world: Scene, rng: np.random.Generator) -> Pairs:
     if rng.random() < 0.15:
         found = descriptions(world, rng)
     else:
-        found = [(q.text, q.answer) for q in questions(world, rng, 7)]
+        found = _asked(world, rng)
         found += [refer(e.text, _place(world, e.things), rng) for e in expressions(world, rng, 5)]
     return [found[i] for i in rng.permutation(len(found))]
 
@@ -207,16 +218,16 @@ class Texts:
             weight[first:last] = np.where(short | np.isin(ids[first:last], self.squares), SHORT_WEIGHT, 1.0)
         return ids, told, weight.astype(np.float32)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids (B, n), padded on the right, words of squares and weights of one training step.
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids (B, n), padded on the right, words of squares and weights of a process's share of a step.
 
         Every second batch tells each square twice, as the two image encoders will.
         """
         rows = []
-        for k in range(BATCH):
+        for k in range(rank, BATCH, world):
             number = SPLITS["parts"][0] + step * BATCH + k
             world, rng = scene(number), np.random.default_rng([SEED, number, 1])
-            if step < LINES:
+            if step < LINES or step % MIXED == 0:
                 ask = look_ups if step < LOOKS else everything
                 rows.append(self.lines(world, ask(world, rng), step % 2 == 1))
             else:
@@ -304,14 +315,19 @@ def main() -> None:
     """Train and save."""
     given = arguments(__doc__.splitlines()[0])
     given.out.mkdir(parents=True, exist_ok=True)
-    texts = Texts(words.build(given.out))
+    rank, world = processes()
+    with TemporaryDirectory() as other:
+        texts = Texts(words.build(Path(other) if rank else given.out))
     sizes = config(texts.size, texts.encoder.tokenizer.eos_token_id)
     torch.manual_seed(SEED)
     # on CPUs the plain attention's backward pass is 2 to 4 times as fast as the fused one's at these lengths
     model = AutoModelForCausalLM.from_config(sizes, attn_implementation="eager")
     plan = PLAN if given.steps is None else replace(PLAN, steps=given.steps)
     work = Path("runs/parts") / given.out.name
-    model = train(model, plan, texts.batch, loss_of, Check(texts, 300), work)
+    share = partial(texts.batch, rank=rank, world=world)
+    model = train(model, plan, share, loss_of, Check(texts, 300), work)
+    if rank:
+        return
     state = {n: v for n, v in model.state_dict().items() if n != "lm_head.weight"}
     save(given.out, sizes.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, state, card(CARD, plan, work), work)
 
