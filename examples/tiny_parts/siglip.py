@@ -3,8 +3,9 @@
 Image and text towers with SigLIP's sigmoid loss on every (picture, caption) pair of a batch. Captions name one thing by
 some of its attributes and, half of the time, the square it stands on, or count things; the truth of every pair is
 computed, so that a caption of one picture that happens to fit another is no false negative, and captions with one word
-changed are hard ones. Scenes: seed 2 of the split "parts", which no stage uses; half of them hold a held-out shape,
-none a held-out pair.
+changed are hard ones. SigLIP 2 adds losses that keep features local; here the rows of the squares are held against the
+words of a board (``xseg.data.shapeworld.board``) in the same way. Scenes: seed 2 of the split "parts", which no stage
+uses; half of them hold a held-out shape, none a held-out pair.
 """
 
 from dataclasses import dataclass, replace
@@ -18,17 +19,31 @@ from common import Plan, arguments, card, save, train
 from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 
+from xseg.data.shapeworld.board import BARE, COVERED, SQUARES, board, square
 from xseg.data.shapeworld.board import SIDE as SQUARES_A_SIDE
-from xseg.data.shapeworld.board import SQUARES, square
 from xseg.data.shapeworld.draw import draw
 from xseg.data.shapeworld.language import NUMBERS, Noun
-from xseg.data.shapeworld.world import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, sample_scene
+from xseg.data.shapeworld.world import (
+    COLOURS,
+    GROUNDS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    TEXTURES,
+    Scene,
+    sample_scene,
+)
 
-SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 64, 4
-PLAN = Plan(steps=2000, lr=2e-3, seed=SEED, muon=1.0)
+SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 32, 4
+PLAN = Plan(steps=5000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 VOCABULARIES = (SIZES, COLOURS, TEXTURES, SHAPES, SQUARES)
+WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, *GROUNDS, COVERED, BARE)
+"""What a row is held against; the names of squares are left out, as a row's place says them."""
+READ = -2
+"""The hidden state that language models read, whose rows they are."""
 FIELDS = ("size", "colour", "texture", "shape")
 ANY = -1
 COUNTS = (1, 2, 3, 4)
@@ -103,26 +118,31 @@ def truth(pictures: list[np.ndarray], told: list[Claim]) -> np.ndarray:
     return out
 
 
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class Batches:
     """Pictures, captions and their truth."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return pixels (I, 3, 96, 96) in [-1, 1], ids (T, 12), truth (I, T) of one training step."""
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of one training step."""
         first = SPLITS["parts"][0] + step * PICTURES
         return self.of(range(first, first + PICTURES))
 
-    def of(self, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same for given scenes."""
-        pixels, things, told = [], [], dict[Claim, None]()
+    def of(self, numbers: range) -> Batch:
+        """Return pixels (I, 3, 96, 96) in [-1, 1], ids (T, 12), truth (I, T) and words (I, 36, W) of given scenes."""
+        pixels, things, told, rows = [], [], dict[Claim, None](), []
         for number in numbers:
             scene = sample_scene(SEED, number, side=SIDE, policy="open" if number % 2 else "seen")
             pixels.append(draw(scene))
             things.append(facts(scene))
+            rows.append([[word in words for word in WORDS] for words in board(scene)])
             told.update(dict.fromkeys(claims(things[-1], np.random.default_rng([SEED, number, 1]))))
-        return images(pixels), self.ids([c.text() for c in told]), torch.from_numpy(truth(things, list(told)))
+        true = torch.from_numpy(truth(things, list(told)))
+        return images(pixels), self.ids([c.text() for c in told]), true, torch.tensor(rows)
 
     def ids(self, texts: list[str]) -> Tensor:
         """Return (T, 12) ids, padded with the end token, which is read at the last place."""
@@ -151,12 +171,14 @@ class Siglip(nn.Module):
             )
         )  # fmt: skip
         self.scale, self.bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-6.0))
+        self.words = nn.Linear(128, len(WORDS))
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Return (I, T) logits."""
-        picture = F.normalize(self.vision(pixels).pooler_output.float(), dim=-1)
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (I, T) logits of captions and (I, 36, W) logits of words."""
+        seen = self.vision(pixels, output_hidden_states=True)
+        picture = F.normalize(seen.pooler_output.float(), dim=-1)
         caption = F.normalize(self.text(ids).pooler_output.float(), dim=-1)
-        return picture @ caption.T * self.scale.exp() + self.bias
+        return picture @ caption.T * self.scale.exp() + self.bias, self.words(seen.hidden_states[READ]).float()
 
 
 def vision_config() -> SiglipVisionConfig:
@@ -167,11 +189,18 @@ def vision_config() -> SiglipVisionConfig:
     )  # fmt: skip
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """SigLIP's loss: log-sigmoid over all pairs, summed over captions, averaged over pictures."""
-    pixels, ids, true = batch
-    signs = torch.where(true, 1.0, -1.0)
-    return {"contrastive": -F.logsigmoid(model(pixels, ids) * signs).sum() / len(pixels)}
+def loss_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """SigLIP's loss: log-sigmoid over all pairs, summed over captions or words, averaged over pictures or rows."""
+    pixels, ids, true, words = batch
+    captions, rows = model(pixels, ids)
+    return {
+        "contrastive": _sigmoid(captions, true) / len(pixels),
+        "words": _sigmoid(rows, words) / words[..., 0].numel(),
+    }
+
+
+def _sigmoid(logits: Tensor, true: Tensor) -> Tensor:
+    return -F.logsigmoid(torch.where(true, logits, -logits)).sum()
 
 
 class Check:
@@ -184,9 +213,11 @@ class Check:
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return how often a caption's best picture and a picture's best caption are right; average precision."""
-        to_picture, to_caption, precision = [], [], []
-        for pixels, ids, true in self.sets:
-            logits = model(pixels, ids)
+        to_picture, to_caption, precision, named = [], [], [], []
+        for pixels, ids, true, words in self.sets:
+            logits, rows = model(pixels, ids)
+            centre = words[..., : len(SIZES)].any(-1)  # only squares with a centre tell a size
+            named += ((rows > 0) == words).all(-1)[centre].tolist()
             asked = true.any(0)
             to_picture += true.T[asked].gather(1, logits.T[asked].argmax(1, keepdim=True)).tolist()
             to_caption += true.gather(1, logits.argmax(1, keepdim=True)).tolist()
@@ -198,6 +229,7 @@ class Check:
             "caption to picture": 100 * float(np.mean(to_picture)),
             "picture to caption": 100 * float(np.mean(to_caption)),
             "average precision": 100 * float(np.mean(precision)),
+            "square": 100 * float(np.mean(named)),
         }
 
 
@@ -226,7 +258,8 @@ captions and lies behind everything that a language model reads. The text tower 
   shape (heart, arrow), none with a held-out pair (purple triangle, yellow ring).
 * Captions: {CAPTIONS} true ones a picture (a thing by some of size, colour, texture, shape and square, or a count)
   and as many with one word changed.
-* Loss: SigLIP's sigmoid loss over all pairs of pictures and captions in a batch, with their computed truth.
+* Loss: SigLIP's sigmoid loss over all pairs of pictures and captions in a batch, with their computed truth; and the
+  same between the rows that a language model reads (one a square) and the {len(WORDS)} words of boards.
 
 Made by `make parts` (@STEPS steps of {PICTURES} pictures, learning rate {PLAN.lr}, a moving average of the
 weights is kept). The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data. Figures hold
@@ -235,8 +268,9 @@ for ShapeWorld and nothing else.
 ## What it can do
 
 Held-out scenes, in percent, of both towers together: how often the best of 50 pictures fits a caption, how often
-the best of about 280 captions fits a picture, and the average precision over all pairs. The last row is the weights
-in this folder; `metrics.jsonl` has the loss.
+the best of about 280 captions fits a picture, and the average precision over all pairs; and how often a row names size,
+colour, texture and shape of the thing with its centre there, all at once, without any other word. The last row is the
+weights in this folder; `metrics.jsonl` has the loss.
 
 """
 
