@@ -99,7 +99,7 @@ def test_other_sizes_are_an_error_with_names(tmp_path: Path) -> None:
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    with pytest.raises(UserError, match=r"config\.json: model_type = 'llava'.*load_official"):
+    with pytest.raises(UserError, match=r"config\.json: model_type = 'llava'.*xseg import x-sam"):
         checkpoint.load(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
         checkpoint.load(tmp_path / "nowhere")
