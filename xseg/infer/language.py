@@ -25,7 +25,7 @@ def export_language(asked: Export) -> float:
         raise UserError(f"{source}: has no language part (a stage-1 model): name the `final` folder of a later stage")
     tokenizer, llm = processor.encoder.tokenizer, predictor.model.llm
     ids = torch.randint(len(tokenizer), (2, 16), generator=torch.Generator().manual_seed(0))
-    with checkpoint.replacing(asked.out) as partial, torch.inference_mode():
+    with checkpoint.replacing(asked.out) as partial, torch.no_grad():
         wanted = llm(ids).logits
         _save(llm, tokenizer, processor.encoder.template, DTYPES[asked.dtype], partial)
         copy: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
