@@ -42,10 +42,10 @@ def stand_in_tokenizer(words: int, folder: Path) -> None:
 
 
 def keys(recipe: str, words: int, branch: str) -> dict[str, tuple[int, ...]]:
-    """Official names and shapes of a stage-3 state."""
+    """Official names and shapes of a stage-3 state; a tied output layer is stored once."""
     with torch.device("meta"):
         model = build_model(build_config(load_recipe(ModelRecipe, recipe), PARTS, vocab_size=words))
-    out = {name: tuple(value.shape) for name, value in key_maps.to_official(model.state_dict()).items()}
+    out = {name: tuple(value.shape) for name, value in key_maps.to_official(dict(model.named_parameters())).items()}
     if branch == "archive":
         out = {name.replace("vision_encoder.", "visual_encoder."): shape for name, shape in out.items()}
         out["segmentor.logit_scale"] = out.pop("segmentor.class_predictor.logit_scale")
