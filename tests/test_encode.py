@@ -18,7 +18,7 @@ from xseg.types import Formatted, Query, Turn
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted(p.stem for p in (ROOT / "chat_templates").glob("*.jinja"))
-SHIPPED = sorted(p.parent for p in (ROOT / "train_stages/models").glob("*/tokenizer_config.json"))
+SHIPPED = sorted(p.parent for p in (ROOT / "examples/tiny_parts").glob("*/tokenizer_config.json"))
 CHAT = ["<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CORPUS = [
     "User: segment the red circle in the image\nAssistant:\n",
@@ -214,6 +214,14 @@ def test_template_without_an_end_token_is_refused(tokenizer: Any) -> None:
     bare = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     with pytest.raises(UserError, match="end with one token"):
         Encoder(tokenizer, bare, 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [("{% for m in", "TemplateSyntaxError"), ("{{ f(1) }}", "'f' is undefined")]
+)
+def test_a_broken_template_is_refused(tokenizer: Any, template: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Encoder(tokenizer, template, 100)
 
 
 def test_show_colours_answers_and_underlines_spans(phi3: Encoder) -> None:

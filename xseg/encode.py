@@ -103,7 +103,13 @@ class Encoder:
                 raise UserError(f"a user's text holds {SEG}, which only answers may; remove it: {turn.text[:80]!r}")
         messages = [{"role": t.role, "content": t.text} for t in turns]
         names = {"bos_token": self.tokenizer.bos_token or "", "eos_token": self.tokenizer.eos_token or ""}
-        return _compiled(self.template).render(messages=messages, add_generation_prompt=generation, **names)
+        try:
+            return _compiled(self.template).render(messages=messages, add_generation_prompt=generation, **names)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"chat template: {type(error).__name__}: {error}; it gets `messages`, `add_generation_prompt`, "
+                "`bos_token` and `eos_token`"
+            ) from error
 
     def _finish(self, ids: np.ndarray, labels: np.ndarray, turns: Sequence[Turn], generation: bool) -> EncodedText:
         if len(ids) > self.max_tokens:

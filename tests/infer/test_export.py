@@ -17,6 +17,7 @@ from xseg.geometry.masks import encode
 from xseg.infer import card
 from xseg.infer import export as module
 from xseg.infer.export import Export, compare, export, final_folder
+from xseg.infer.language import export_language
 from xseg.infer.predictor import load
 from xseg.infer.processing import XSegProcessor
 from xseg.models import checkpoint
@@ -126,6 +127,66 @@ def test_a_copy_that_answers_otherwise_is_not_written(
         export(Export(run, out))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"], "no half-made folder is left"
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("fp32", 1e-4), ("bf16", 0.3)])
+def test_logits_that_differ_are_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, noise: float
+) -> None:
+    """Also where masks and words come out the same: here they are not looked at."""
+    from xseg.models.xseg import XSegModel
+
+    save = XSegModel.save_pretrained
+
+    def noisy(model: Any, folder: Path, **options: Any) -> None:
+        with torch.no_grad():
+            weight = model.segmentor.mask_decoder.queries_features.weight
+            weight.add_(noise * torch.randn_like(weight))
+        save(model, folder, **options)
+
+    monkeypatch.setattr(module, "check", lambda agreement, asked: None)
+    export(Export(run, tmp_path / "sound", dtype))
+    monkeypatch.setattr(XSegModel, "save_pretrained", noisy)
+    with pytest.raises(UserError, match=rf"{dtype} copy gives other logits"):
+        export(Export(run, tmp_path / "out", dtype))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "sound"]
+
+
+def test_an_export_opens_with_automodel(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    export(Export(run, tmp_path / "out", "fp32"))
+    opened = AutoModel.from_pretrained(tmp_path / "out")
+    assert type(opened).__name__ == "XSegModel" and AutoConfig.from_pretrained(tmp_path / "out").model_type == "xseg"
+    ours = load(tmp_path / "out", "cpu")[0].model.state_dict()
+    assert all(torch.equal(v, ours[n]) for n, v in opened.state_dict().items())
+
+
+def test_the_language_part_is_a_plain_transformers_folder(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert export_language(Export(run, tmp_path / "llm", "fp32")) <= 1e-5
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llm"),
+        AutoTokenizer.from_pretrained(tmp_path / "llm"),
+    )
+    ours = load(run / "s3/final", "cpu")[0]
+    assert type(model).__name__ == "Phi3ForCausalLM"
+    assert all(torch.equal(v, ours.model.llm.state_dict()[n]) for n, v in model.state_dict().items())
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "how many?"}], tokenize=False)
+    assert said == "<|user|>\nhow many?<|end|>\n"
+    assert tokenizer.convert_tokens_to_ids("<SEG>") == ours.model.config.seg_token_id
+    export_language(Export(run, tmp_path / "half"))
+    assert {t.dtype for t in load_file(tmp_path / "half/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_model_without_words_has_no_language_part(tmp_path: Path) -> None:
+    recipe = ModelRecipe(sam=SAM, segmentor=SEGMENTOR)
+    checkpoint.save(build_model(build_config(recipe, ["segmentor"], "labels", 3)), tmp_path / "s1")
+    XSegProcessor.from_recipe(recipe, ["segmentor"]).save_pretrained(tmp_path / "s1")
+    with pytest.raises(UserError, match="no language part"):
+        export_language(Export(tmp_path / "s1", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_above_its_limit_is_not_written_and_other_files_stay(run: Path, tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def check(output: ModelOutput, stored: dict[str, np.ndarray]) -> int:
         real = theirs > -1e5
         assert (ours[~real] <= -1e5).all(), name
         golden.close(ours.masked_fill(~real, 0), theirs.masked_fill(~real, 0), name)
+    if "masks_queries_logits_s4" in stored:
+        upsampled = torch.nn.functional.interpolate(output.mask_logits[-1], 256, mode="bilinear")
+        golden.close(upsampled[..., ::4, ::4], stored["masks_queries_logits_s4"], "masks_queries_logits_s4")
+        return len(found) + 1
     return len(found)
 
 
@@ -79,6 +83,8 @@ def test_main_forward(name: str) -> None:
     output = answer("main/full", stored, batch)
     compared = check(output, stored)
     assert compared or "pointsample" in name or "chat" in name
+    if "llm.logits" in stored:
+        golden.close(output.lm_logits, label_rows(batch, stored["llm.logits"]), "llm.logits")
 
 
 @pytest.mark.parametrize("folder", ["archive", "main/segmentor"])

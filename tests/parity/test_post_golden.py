@@ -94,6 +94,7 @@ PANOPTIC = [c for c in CASES if c[2] in ("genseg", "ovseg") and c[3].get("task_n
 SEMANTIC = [c for c in CASES if c[3].get("task_name") == "semantic"]
 BEST = [c for c in CASES if c[2] in ("refseg", "reaseg")]
 CAPTION = [c for c in CASES if c[2] == "gcgseg"]
+PROMPTED = [c for c in CASES if c[2] == "intseg"]
 INSTANCE = [c for c in CASES if c[3].get("task_name") == "instance" or c[2] == "vgdseg"]
 
 
@@ -159,6 +160,20 @@ def test_best_of_every_phrase_of_a_caption(case: Any) -> None:
         assert (painted != official).mean() <= PIXELS
 
 
+@pytest.mark.skipif(not hasattr(postprocess, "prompted"), reason="postprocess has no rule for drawn prompts yet")
+@pytest.mark.parametrize("case", PROMPTED, ids=name_of)
+def test_prompted(case: Any) -> None:
+    stem, name, _, options, columns, _ = case
+    stored = Stored(stem, columns)
+    for i in stored.images():
+        official, record = stored.of(name, i)
+        drawn = coco_mask.encode(np.asfortranarray(stored.arrays[f"post.{name}.vprompt_masks.{i}"][0], np.uint8))
+        logits = stored.masks[i], stored.classes[i], stored.geometry[i]
+        found = postprocess.prompted(*logits, drawn, score_threshold=options["threshold"])
+        assert (decode(found) != (official == 1)).mean() <= PIXELS
+        assert found.score == pytest.approx(as_list(record)[0]["score"], abs=1e-5)
+
+
 @pytest.mark.parametrize("case", INSTANCE, ids=name_of)
 def test_instances(case: Any) -> None:
     stem, name, _, options, columns, extra = case
@@ -220,6 +235,16 @@ def test_main_stage_three_is_what_the_archive_gives() -> None:
         archive = Stored(case, None)
         # Padded columns are -1e9 in the archive line and -1e6 in main.
         assert np.allclose(main["class_queries_logits"], archive.classes.clamp_min(-1e6), atol=1e-3)
+        listed = json.loads((MAIN / f"full/{case}.segments.json").read_text())
         for i in archive.images():
-            official, _ = archive.of(name, i)
+            official, records = archive.of(name, i)
             assert (main[f"segmentation.{i}"] != official).mean() <= PIXELS
+            # Main says more of a segment than the archive line does.
+            for mine, theirs in zip(as_list(listed[i]), as_list(records), strict=True):
+                shared = set(mine) & set(theirs)
+                assert {"id", "score"} <= shared
+                assert {k: mine[k] for k in shared} == pytest.approx({k: theirs[k] for k in shared}, abs=1e-4)
+
+
+def as_list(records: Any) -> list[dict[str, Any]]:
+    return records if isinstance(records, list) else [records]

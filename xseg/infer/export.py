@@ -17,7 +17,7 @@ from xseg.infer import card
 from xseg.infer.evaluate import open_row, predictions
 from xseg.infer.predictor import Predictor, load
 from xseg.models import checkpoint
-from xseg.types import Prediction
+from xseg.types import ModelOutput, Prediction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = ("shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val")
@@ -26,6 +26,10 @@ PICTURES, SIDE, SEED = 12, 96, 1
 LEAST_IOU, LEAST_TEXTS = 0.97, 0.95
 """What rounding may cost: the mean IoU of the copy's masks with the source's, and the part of answers that are equal
 word by word. An answer may tip where two words were all but equally likely."""
+WHOLE, HALF = 1e-5, 2e-2
+"""How far logits may be off, as part of the largest: the worst one of a float32 copy, the mean of a half-precision
+one. (The worst says little there: where a mask's border falls on the other side, so does what the next layer reads.)"""
+PADDING = 1e5
 MEGABYTE = 1_000_000
 
 
@@ -47,21 +51,22 @@ def export(asked: Export) -> card.Agreement:
     Both are run on the CPU in float32, so that nothing but the rounding differs. Raises UserError, and leaves ``out``
     as it was, for a source that is no model, an unknown dtype, answers that differ, and a folder above its limit.
     """
-    if asked.dtype not in DTYPES:
-        raise UserError(f"--dtype {asked.dtype}: no such dtype{did_you_mean(asked.dtype, DTYPES)}")
+    check_dtype(asked.dtype)
     source = final_folder(asked.source)
     if source.resolve() == asked.out.resolve():
         raise UserError(f"--out {asked.out}: is the source itself, and would be overwritten; give another folder")
     predictor, processor = load(source, "cpu")
     with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
         write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
-        wanted = answers(predictor, Path(data))
+        wanted, logits = answers(predictor, Path(data))
         predictor.model.to(DTYPES[asked.dtype]).save_pretrained(partial)
         processor.save_pretrained(partial)
         if (source / card.STAGE).is_file():
             shutil.copyfile(source / card.STAGE, partial / card.STAGE)
-        agreement = compare(wanted, answers(load(partial, "cpu")[0], Path(data)))
+        given, other = answers(load(partial, "cpu")[0], Path(data))
+        agreement = compare(wanted, given)
         check(agreement, asked)
+        check_logits(logits, other, asked)
         count = sum(p.numel() for p in predictor.model.parameters())
         example = (asked.out / card.EXAMPLE).is_file()
         made = card.Copy(asked.out.name, asked.dtype, count, processor.sizes, agreement, example)
@@ -86,14 +91,49 @@ def final_folder(given: Path) -> Path:
     return found[-1].parent
 
 
-def answers(predictor: Predictor, data_root: Path) -> list[Prediction]:
-    """What a model says of the held-out scenes, by every task it can do."""
+def answers(predictor: Predictor, data_root: Path) -> tuple[list[Prediction], list[torch.Tensor]]:
+    """What a model says of the held-out scenes, by every task it can do, and the logits of its last layer."""
     out: list[Prediction] = []
+    logits: list[torch.Tensor] = []
+
+    def keep(model: Any, given: Any, output: ModelOutput) -> None:
+        logits.extend((output.mask_logits[-1], output.class_logits[-1], output.lm_logits))
+
+    hook = predictor.model.register_forward_hook(keep)
     for name in ROWS:
         dataset = open_row(predictor, SuiteRow(recipe=name), data_root)
         if dataset is not None:
             out += [prediction for pairs, _ in predictions(predictor, dataset, 8) for _, prediction in pairs]
-    return out
+    hook.remove()
+    return out, logits
+
+
+def check_dtype(name: str) -> None:
+    """Raise UserError for a dtype that weights are not stored in."""
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: no such dtype{did_you_mean(name, DTYPES)}")
+
+
+def distance(wanted: torch.Tensor, given: torch.Tensor, dtype: str) -> float:
+    """How far two arrays of logits are apart, as part of the largest: see ``WHOLE`` and ``HALF``."""
+    if wanted.shape != given.shape or not wanted.numel():
+        return 0.0 if wanted.shape == given.shape else float("inf")
+    # The logit of a class column that is padding is one huge number on both sides.
+    real = wanted.abs() < PADDING
+    off = (wanted - given).abs()[real]
+    largest = wanted[real].abs().max().clamp_min(1e-12) if real.any() else wanted.new_ones(())
+    return ((off.max() if dtype == "fp32" else off.mean()) / largest).item() if len(off) else 0.0
+
+
+def check_logits(wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor], asked: Export) -> None:
+    """Raise UserError when logits of the copy are further from its source's than its dtype explains."""
+    most = WHOLE if asked.dtype == "fp32" else HALF
+    off = max((distance(a, b, asked.dtype) for a, b in zip(wanted, given, strict=True)), default=0.0)
+    if off > most:
+        raise UserError(
+            f"{asked.source}: its {asked.dtype} copy gives other logits: off by {off:.1e} of the largest (at most "
+            f"{most:.0e}); {asked.out} was not written. Export with --dtype fp32"
+        )
 
 
 def compare(wanted: Sequence[Prediction], given: Sequence[Prediction]) -> card.Agreement:

@@ -126,11 +126,16 @@ def _encoder_from_recipe(recipe: ModelRecipe) -> Encoder:
 
 
 def _tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer of a folder, or the one inside a .gguf file."""
     from transformers import AutoTokenizer
 
+    options: dict[str, Any] = {"config": config} if config else {}
+    if folder.suffix == ".gguf":
+        options["gguf_file"] = folder.name
+    place = folder.parent if "gguf_file" in options else folder
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"config": config} if config else {}))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: not the folder of a Hugging Face tokenizer: {error}") from error
 
 

@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xseg.config import ModelRecipe, find
 from xseg.errors import UserError, did_you_mean
 from xseg.models import checkpoint
+from xseg.models.checkpoint import SHOWN, LoadReport
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.tokens import SpecialIds
 
 FOLDER = "train_stages/models"
 PARTS = ("segmentor", "sam", "siglip", "llm")
-STORED = ("dtype", "torch_dtype")
+STORED = ("dtype", "torch_dtype", "quantization_config")
 """How a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
+FILES = {"sam": (".pth",), "llm": (".gguf",)}
+"""Single files that a part's ``pretrained`` may name."""
 
 
 def build_config(
@@ -41,7 +45,8 @@ def build_config(
         text = {**text, "vocab_size": vocab_size or text["vocab_size"]}
         last = text["vocab_size"]
         special = special or SpecialIds(last - 3, last - 2, last - 1)
-    segmentor = {**recipe.segmentor, "head": head, "num_labels": num_labels} if "segmentor" in parts else None
+    sizes = {k: v for k, v in recipe.segmentor.items() if k != "pretrained"}
+    segmentor = {**sizes, "head": head, "num_labels": num_labels} if "segmentor" in parts else None
     if segmentor is not None and head != "labels":
         # Pixels can be named only where a fixed label list is.
         segmentor["pixel_classifier"] = False
@@ -76,35 +81,69 @@ def build_model(config: XSegConfig, recipe: ModelRecipe | None = None) -> XSegMo
     Raises UserError for a folder whose sizes differ.
     """
     model = XSegModel(config)
-    if recipe is None:
-        return model
-    if config.text_config is not None and "pretrained" in recipe.llm:
-        _load_llm(model, folder(recipe.llm, "llm"))
-    for part, kind in (("sam", config.sam_config), ("siglip", config.siglip_config)):
-        given = getattr(recipe, part)
-        if kind is not None and "pretrained" in given:
-            checkpoint.load_part(model, part, folder(given, part))
+    if recipe is not None:
+        load_parts(model, recipe)
     return model
 
 
-def folder(given: dict[str, Any], part: str) -> Path:
-    """Return the folder of a part's ``pretrained`` weights. Raises UserError when it is not one."""
+def load_parts(model: XSegModel, recipe: ModelRecipe) -> list[LoadReport]:
+    """Load what the recipe's ``pretrained`` name into the parts that are built, and report each.
+
+    Raises UserError for sources that do not fit.
+    """
+    config, reports = model.config, []
+    if config.text_config is not None and "pretrained" in recipe.llm:
+        reports.append(_load_llm(model, location(recipe.llm, "llm")))
+    for part, kind in (("sam", config.sam_config), ("siglip", config.siglip_config)):
+        given = getattr(recipe, part)
+        if kind is not None and "pretrained" in given:
+            reports.append(checkpoint.load_part(model, part, location(given, part)))
+    if config.segmentor_config is not None and "pretrained" in recipe.segmentor:
+        reports.append(checkpoint.load_mask2former(model, location(recipe.segmentor, "segmentor")))
+    return reports
+
+
+def location(given: dict[str, Any], part: str) -> Path:
+    """Return the folder or file of a part's ``pretrained`` weights. Raises UserError when it is none.
+
+    A folder is in transformers' layout; a file is SAM's own .pth or a language model's .gguf.
+    """
     path = find(str(given["pretrained"]), FOLDER, suffix="")
-    if not (path / "config.json").exists():
+    if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{part}.pretrained: {path} holds no config.json: name a folder in transformers' layout")
+    if path.is_file() and path.suffix not in FILES.get(part, ()):
+        known = " or ".join(["a folder in transformers' layout", *(f"a {s} file" for s in FILES.get(part, ()))])
+        raise UserError(f"{part}.pretrained: {path}: name {known}")
     return path
 
 
-def _load_llm(model: XSegModel, path: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    rows = model.config.text_config.vocab_size
-    if loaded.get_input_embeddings().num_embeddings != rows:
+def _load_llm(model: XSegModel, path: Path) -> LoadReport:
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(**gguf(path), dtype=torch.float32, output_loading_info=True)
+    except (OSError, ImportError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"llm.pretrained: {path}: no language model that can be read: {error}") from error
+    loaded, info = opened
+    lost = [str(name) for key in ("missing_keys", "mismatched_keys") for name in info[key]]
+    if lost:
+        raise UserError(f"llm.pretrained: {path}: incomplete: {', '.join(lost[:SHOWN])} missing; copy it again")
+    rows, there = model.config.text_config.vocab_size, loaded.get_input_embeddings().num_embeddings
+    if there != rows:
         loaded.resize_token_embeddings(rows)
     state = {f"llm.{name}": value for name, value in loaded.state_dict().items()}
     report = checkpoint.assign(model, state, str(path))
     report.fresh = [name for name in report.fresh if name.startswith("llm.")]
     if report.fresh or report.unexpected or report.mismatched:
         raise UserError(f"llm.pretrained: {path} has other sizes than the model recipe\n{report}")
+    if there != rows:
+        report.resized = [f"llm embeddings: {there} rows there, {rows} here"]
+    return report
+
+
+def gguf(path: Path) -> dict[str, Any]:
+    """How transformers is told of a folder, or of one .gguf file."""
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
 
 
 def _llm(given: dict[str, Any]) -> dict[str, Any]:
@@ -127,4 +166,7 @@ def _sizes(given: dict[str, Any], part: str) -> dict[str, Any]:
     sizes = {k: v for k, v in given.items() if k != "pretrained"}
     if sizes:
         return sizes
-    return {k: v for k, v in AutoConfig.from_pretrained(folder(given, part)).to_dict().items() if k not in STORED}
+    path = location(given, part)
+    if path.suffix == ".pth":
+        raise UserError(f"{part}.pretrained: {path} says no sizes: write them beside it in the model recipe")
+    return {k: v for k, v in AutoConfig.from_pretrained(**gguf(path)).to_dict().items() if k not in STORED}

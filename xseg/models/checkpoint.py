@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from xseg.errors import UserError
-from xseg.models import key_maps
+from xseg.models import key_maps, positions, shards
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 
@@ -35,10 +33,12 @@ class LoadReport:
     """Tensors of the source that the model has no place for."""
     mismatched: list[str] = field(default_factory=list)
     """``name: shape in the source, shape in the model``."""
+    resized: list[str] = field(default_factory=list)
+    """Position tables that were interpolated to another resolution, written like ``mismatched``; also in ``loaded``."""
 
     def __str__(self) -> str:
         lines = [self.source]
-        for title in ("loaded", "fresh", "unexpected", "mismatched"):
+        for title in ("loaded", "resized", "fresh", "unexpected", "mismatched"):
             parts: dict[str, list[str]] = defaultdict(list)
             for name in getattr(self, title):
                 parts[".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])].append(name)
@@ -111,8 +111,7 @@ def read_config(folder: Path) -> XSegConfig:
     if kind != XSegConfig.model_type:
         raise UserError(
             f"{path}: model_type = {kind!r}: only '{XSegConfig.model_type}' folders open here; convert a released "
-            "X-SAM checkpoint with xseg.models.checkpoint.load_official, and name other language models in a model "
-            "recipe under llm"
+            "X-SAM checkpoint with `xseg import x-sam`, and name other language models in a model recipe under llm"
         )
     return XSegConfig.from_pretrained(folder)
 
@@ -174,9 +173,20 @@ def load_official(model: XSegModel, state: Mapping[str, Tensor], source: str = "
 
 
 def load_part(model: XSegModel, part: str, folder: Path) -> LoadReport:
-    """Load SAM's or SigLIP's image encoder from a folder in transformers' layout, whole model or vision tower."""
-    state = key_maps.vision_tower(read_weights(folder), part)
+    """Load SAM's or SigLIP's image encoder: transformers' layout, whole model or vision tower, or SAM's own file.
+
+    Position tables of another resolution are resized. Raises UserError for whatever else does not fit.
+    """
+    state, own = key_maps.vision_tower(read_weights(folder), part), model.state_dict()
+    resized = []
+    for name, value in state.items():
+        if name in own and own[name].shape != value.shape:
+            table = positions.fitted(name, value, own[name].shape)
+            if table is not None:
+                resized.append(f"{name}: {tuple(value.shape)} there, {tuple(table.shape)} here")
+                state[name] = table
     report = assign(model, state, str(folder))
+    report.resized = resized
     prefix = key_maps.PART_PREFIX[part]
     report.fresh = [n for n in report.fresh if n.startswith(prefix) and ".neck." not in n and ".head." not in n]
     if report.mismatched or report.unexpected or report.fresh:
@@ -184,20 +194,27 @@ def load_part(model: XSegModel, part: str, folder: Path) -> LoadReport:
     return report
 
 
+BACKBONE_BOUND = ("segmentor.pixel_decoder.projections.", "segmentor.pixel_decoder.lateral.")
+"""Convolutions that read a backbone's channels: those of Mask2Former's own backbone are of no use behind SAM."""
+
+
+def load_mask2former(model: XSegModel, folder: Path) -> LoadReport:
+    """Start pixel decoder and mask decoder from a Mask2Former in transformers' layout; the rest of it is left out.
+
+    Raises UserError when they do not fit; what reads the backbone stays as it is here where the channels differ.
+    """
+    state, own = key_maps.from_mask2former(read_weights(folder), model), model.state_dict()
+    foreign = [n for n in state if n.startswith(BACKBONE_BOUND) and n in own and own[n].shape != state[n].shape]
+    # A convolution and its norm belong together.
+    foreign = [n for n in state if n.rsplit(".", 2)[0] in {f.rsplit(".", 2)[0] for f in foreign}]
+    report = assign(model, {n: v for n, v in state.items() if n not in foreign}, str(folder))
+    decoders = ("segmentor.pixel_decoder.", "segmentor.mask_decoder.")
+    report.fresh = [n for n in report.fresh if n.startswith(decoders)]
+    if report.mismatched or report.unexpected or set(report.fresh) - set(foreign):
+        raise UserError(f"segmentor.pretrained: {folder} is no Mask2Former with decoders of these sizes\n{report}")
+    return report
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder or file: safetensors, or a .bin that holds nothing but tensors."""
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors (or *.bin) in it: name the folder that holds the weights")
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            is_safe = path.suffix == ".safetensors"
-            part = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, EOFError) as error:
-            raise UserError(f"{path}: damaged or cut short ({error}); copy it again") from error
-        # Training frameworks wrap the state.
-        for wrapper in ("state_dict", "module", "model"):
-            part = part[wrapper] if isinstance(part.get(wrapper), dict) else part
-        state |= part
-    return state
+    """All tensors of a folder or file: safetensors, or a .bin or .pth that holds nothing but tensors."""
+    return shards.read(shards.catalog(folder))

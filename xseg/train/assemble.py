@@ -12,7 +12,7 @@ from xseg.data.mixture import Plan, load_mixture
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.losses.criterion import Criterion
-from xseg.models.build import build_config, build_model
+from xseg.models.build import build_config, build_model, load_parts
 from xseg.models.checkpoint import LoadReport, overlay
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
@@ -114,12 +114,13 @@ def skeleton(config: XSegConfig) -> XSegModel:
 
 
 def build(stage: Stage, config: XSegConfig) -> tuple[XSegModel, list[LoadReport]]:
-    """Build the model from (recipe, seed) and lay the weights of earlier stages over it; report what they gave."""
+    """Build the model from (recipe, seed), its pretrained parts and the weights of earlier stages; report each."""
     torch.manual_seed(stage.recipe.seed)
-    model = build_model(config, stage.model)
+    model = build_model(config)
+    parts = load_parts(model, stage.model)
     if stage.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
+    return model, parts + overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
 
 
 def num_queries(config: XSegConfig) -> int:

