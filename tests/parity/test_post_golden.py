@@ -11,6 +11,7 @@ import torch
 from hotcoco import mask as coco_mask
 
 from xseg import postprocess
+from xseg.geometry.masks import encode
 from xseg.types import Segment, ViewGeometry
 
 GOLDEN = os.environ.get("XSEG_GOLDEN")
@@ -93,6 +94,7 @@ def decode(segment: Segment) -> np.ndarray:
 PANOPTIC = [c for c in CASES if c[2] in ("genseg", "ovseg") and c[3].get("task_name", "panoptic") == "panoptic"]
 SEMANTIC = [c for c in CASES if c[3].get("task_name") == "semantic"]
 BEST = [c for c in CASES if c[2] in ("refseg", "reaseg")]
+POINTED = [c for c in CASES if c[2] == "intseg"]
 CAPTION = [c for c in CASES if c[2] == "gcgseg"]
 INSTANCE = [c for c in CASES if c[3].get("task_name") == "instance" or c[2] == "vgdseg"]
 
@@ -157,6 +159,20 @@ def test_best_of_every_phrase_of_a_caption(case: Any) -> None:
             painted[decode(found) == 1] = record["id"]
             assert found.score == pytest.approx(record["score"], abs=1e-5)
         assert (painted != official).mean() <= PIXELS
+
+
+@pytest.mark.parametrize("case", POINTED, ids=name_of)
+def test_the_object_a_prompt_points_at(case: Any) -> None:
+    stored = Stored(case[0], case[4])
+    for i in stored.images():
+        official, record = stored.of(case[1], i)
+        prompt = encode(stored.arrays[f"post.{case[1]}.vprompt_masks.{i}"][0])
+        found = postprocess.prompted(
+            stored.masks[i], stored.classes[i], stored.geometry[i], prompt, score_threshold=case[3]["threshold"]
+        )
+        record = record[0] if isinstance(record, list) else record
+        assert (decode(found) != (official == 1)).mean() <= PIXELS
+        assert found.score == pytest.approx(record["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", INSTANCE, ids=name_of)
