@@ -9,9 +9,10 @@ import numpy as np
 from xseg import postprocess
 from xseg.errors import UserError
 from xseg.metrics.ap import AveragePrecision
+from xseg.metrics.oracle import OracleGap
 from xseg.metrics.panoptic import PanopticQuality
 from xseg.metrics.semantic import MeanIoU
-from xseg.tasks import phrasing
+from xseg.tasks import base, phrasing
 from xseg.tokens import IMAGE
 from xseg.types import (
     Categories,
@@ -28,10 +29,12 @@ from xseg.types import (
 )
 
 Output = Literal["panoptic", "instance", "semantic"]
+SURE = 0.5
+"""Oracle gap of instances: least score of a candidate that counts as given out."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(base.Base):
     """Options of generic segmentation."""
 
     labels: Literal["text", "fixed"] = "text"
@@ -53,7 +56,6 @@ class Task:
     """Number of instance candidates per image."""
 
     name: ClassVar[str] = "generic_seg"
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "forced"
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
@@ -116,12 +118,16 @@ class Task:
             )
             extra["instances"] = tuple(_named(s, categories) for s in found if categories.is_thing[s.category])
         named = tuple(_named(s, categories) for s in segments)
+        if self.outputs != ("semantic",):
+            given = named or [s for s in extra.get("instances", ()) if s.score >= SURE]
+            extra["oracle"] = base.gap_of_instances(sample, given, mask_logits, g)
         return Prediction(sample.key, named, panoptic=id_map, semantic=semantic, text=text, extra=extra)
 
     def metrics(self) -> list[Any]:
-        """PQ, AP and mIoU, as far as ``outputs`` has them."""
+        """PQ, AP and mIoU, as far as ``outputs`` has them, and the oracle gap of segments."""
         kinds = {"panoptic": PanopticQuality, "instance": AveragePrecision, "semantic": MeanIoU}
-        return [kinds[output]() for output in self.outputs]
+        scores: list[Any] = [kinds[output]() for output in self.outputs]
+        return scores if self.outputs == ("semantic",) else [*scores, OracleGap()]
 
     @staticmethod
     def example() -> Sample:
