@@ -257,25 +257,36 @@ def prompted(
 ) -> Segment:
     """Return the mask of the one object a drawn prompt points at (X-SAM's rule for interactive segmentation).
 
-    Candidates are the predictions whose probability of class 0 is at least ``score_threshold``, or the best one where
-    there is none; of these the one whose box overlaps the box of ``prompt`` (original pixels) most, the surer one of
-    equals. A candidate without a pixel overlaps nothing.
+    A prediction's score is its probability of class 0 times the mean mask probability inside its mask. Candidates score
+    at least ``score_threshold``, or are the best one where there is none; of these the one whose box overlaps that of
+    ``prompt`` (original pixels) most, the last of equals. A candidate without a pixel overlaps nothing.
     """
     prob = class_logits.float().softmax(-1)[:, 0]
-    rows = (prob >= score_threshold).nonzero()[:, 0]
-    rows = rows if len(rows) else prob.argmax()[None]
-    rows = rows[prob[rows].argsort(descending=True, stable=True)]
+    rows = prob.argsort(descending=True, stable=True)
     resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
-    found: tuple[float, float, dict[str, object]] | None = None
     box = _box(decode(prompt).astype(bool))
+    best: tuple[float, np.ndarray] | None = None
+    nearest_box: tuple[tuple[float, int], float, np.ndarray] | None = None
     for chunk in resize.chunks(rows):
-        masks = (resize(mask_logits[chunk]).sigmoid() > mask_threshold).cpu().numpy()
-        for mask, score in zip(masks, prob[chunk].tolist(), strict=True):
-            overlap = _box_iou(_box(mask), box)
-            if found is None or overlap > found[0]:
-                found = (overlap, score, encode(mask))
-    assert found is not None, "there is always a best prediction"
-    return Segment(found[2], 0, found[1])
+        # the mean of a probability is at most 1: no later prediction can score more than this
+        ceiling = float(prob[chunk[0]])
+        if best is not None and ceiling < (score_threshold if nearest_box else min(best[0], score_threshold)):
+            break
+        soft = resize(mask_logits[chunk]).sigmoid()
+        inside = soft > mask_threshold
+        means = (soft * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+        scores = (prob[chunk] * means).tolist()
+        for mask, score, row in zip(inside.cpu().numpy(), scores, chunk.tolist(), strict=True):
+            if best is None or score > best[0]:
+                best = (score, mask)
+            if score < score_threshold:
+                continue
+            overlap = (_box_iou(_box(mask), box), row)
+            if nearest_box is None or overlap > nearest_box[0]:
+                nearest_box = (overlap, score, mask)
+    assert best is not None, "there is always a best prediction"
+    score, mask = best if nearest_box is None else nearest_box[1:]
+    return Segment(encode(mask), 0, score)
 
 
 @torch.no_grad()

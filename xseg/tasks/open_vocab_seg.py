@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xseg.errors import UserError, did_you_mean
-from xseg.geometry.masks import row_rle, union
+from xseg.geometry.masks import Rle, row_rle, union
 from xseg.tasks import generic_seg
 from xseg.types import Categories, Instance, Masks, Sample
 
@@ -74,7 +74,8 @@ def with_vocabulary(sample: Sample, names: Sequence[Name]) -> Sample:
         if category is not None:
             alone = names[category].is_thing or instance.is_crowd
             groups.setdefault((category, row) if alone else (category,), []).append(instance)
-    rles, instances = [], []
+    rles: list[Rle] = []
+    instances: list[Instance] = []
     for (category, *_), members in groups.items():
         assert sample.masks is not None
         parts = [row_rle(sample.masks, m.mask) for m in members]

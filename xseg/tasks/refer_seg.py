@@ -11,6 +11,7 @@ from pydantic import Field
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.metrics import oracle
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
@@ -126,7 +127,8 @@ def masks_of_phrases(
             f"{sample.key}: {len(queries)} of {len(sample.phrases)} phrases fit the text; raise max_tokens of the "
             "model recipe, or let the source give fewer phrases per sample"
         )
-    segments, pairs = [], []
+    segments: list[Segment] = []
+    pairs: list[oracle.Pair] = []
     for row, phrase in zip(queries, sample.phrases, strict=True):
         logits = output.class_logits[-1, row]
         # the query's own phrase stands first, the background last
