@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from xseg import config
+from xseg.tasks import SHARED
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
@@ -27,7 +28,7 @@ LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 PACKAGE = sorted((ROOT / "xseg").rglob("*.py"))
 ALL_CODE = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
-TASK_NAMES = sorted(p.stem for p in (ROOT / "xseg/tasks").glob("*.py") if p.stem not in {"__init__", "phrasing"})
+TASK_NAMES = sorted(p.stem for p in (ROOT / "xseg/tasks").glob("*.py") if p.stem not in {"__init__", *SHARED})
 TASK_BLIND = [
     p for p in PACKAGE if {"models", "losses", "train"} & set(p.relative_to(ROOT).parts) or p.name == "collate.py"
 ]

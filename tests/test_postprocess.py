@@ -175,7 +175,7 @@ def test_reject_gives_an_empty_mask_only_when_background_wins() -> None:
     masks, g = squares()
     for background, empty in ((5.0, True), (1.0, False)):
         classes = torch.tensor([[2.0, background], [-2.0, 0.0]])
-        assert decode(postprocess.best(masks, classes, g, reject=True)).any() != empty
+        assert decode(postprocess.best(masks, classes, g, reject=0.5)).any() != empty
         assert decode(postprocess.best(masks, classes, g)).any()
 
 

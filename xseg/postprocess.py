@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xseg.geometry.masks import encode
-from xseg.types import Segment, ViewGeometry
+from xseg.geometry.masks import Rle, decode, encode, on_canvas
+from xseg.types import Masks, Segment, ViewGeometry
 
 CHUNK = 2**23
 """Most values in original pixels held at once (32 MiB in float32)."""
@@ -194,16 +194,139 @@ def best(
     *,
     concept: int = 0,
     threshold: float = 0.5,
-    reject: bool = False,
+    reject: float = 0.0,
+    join: float | None = None,
 ) -> Segment:
     """Return the mask (probability above ``threshold``) of the prediction most sure of class ``concept``.
 
-    With ``reject`` the mask is empty when that prediction thinks the background likelier than the concept.
+    ``reject``: the mask is empty when that prediction gives the concept less than this part of what concept and
+    background have together; 0.5 = when it takes background for likelier, 0 = never. ``join``: the masks of all other
+    predictions of at least this class probability are united with it (several targets, GRES); None = of none. The
+    score is the class probability of the best one, also where the mask is empty.
     """
     prob = class_logits.float().softmax(-1)
     query = prob[:, concept].argmax()
     score, background = torch.stack([prob[query, concept], prob[query, -1]]).tolist()
-    if reject and background > score:
+    if score < reject * (score + background):
         return Segment(encode(np.zeros(g.original, bool)), concept, score)
-    mask = to_original(mask_logits[query][None], g)[0].sigmoid() > threshold
+    rows = query[None]
+    if join is not None:
+        rows = torch.cat([rows, (prob[:, concept] >= join).nonzero()[:, 0]]).unique()
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    mask = torch.zeros(g.original, dtype=torch.bool, device=mask_logits.device)
+    for chunk in resize.chunks(rows):
+        mask |= (resize(mask_logits[chunk]).sigmoid() > threshold).any(0)
     return Segment(encode(mask.cpu().numpy()), concept, score)
+
+
+@torch.no_grad()
+def sure(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    g: ViewGeometry,
+    *,
+    concept: int,
+    least: float,
+    threshold: float = 0.5,
+) -> list[Segment]:
+    """Return the masks of all predictions of at least ``least`` probability of class ``concept``, surest first.
+
+    Masks without a pixel are left out.
+    """
+    prob = class_logits.float().softmax(-1)[:, concept]
+    rows = prob.argsort(descending=True, stable=True)
+    rows = rows[prob[rows] >= least]
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    out: list[Segment] = []
+    for chunk in resize.chunks(rows) if len(rows) else ():
+        masks = (resize(mask_logits[chunk]).sigmoid() > threshold).cpu().numpy()
+        scores = prob[chunk].tolist()
+        out += [Segment(encode(m), concept, score) for m, score in zip(masks, scores, strict=True) if m.any()]
+    return out
+
+
+@torch.no_grad()
+def prompted(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    g: ViewGeometry,
+    prompt: Rle,
+    *,
+    score_threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+) -> Segment:
+    """Return the mask of the one object a drawn prompt points at (X-SAM's rule for interactive segmentation).
+
+    A prediction's score is its probability of class 0 times the mean mask probability inside its mask. Candidates score
+    at least ``score_threshold``, or are the best one where there is none; of these the one whose box overlaps that of
+    ``prompt`` (original pixels) most, the last of equals. A candidate without a pixel overlaps nothing.
+    """
+    prob = class_logits.float().softmax(-1)[:, 0]
+    rows = prob.argsort(descending=True, stable=True)
+    resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
+    box = _box(decode(prompt).astype(bool))
+    best: tuple[float, np.ndarray] | None = None
+    nearest_box: tuple[tuple[float, int], float, np.ndarray] | None = None
+    for chunk in resize.chunks(rows):
+        # the mean of a probability is at most 1: no later prediction can score more than this
+        ceiling = float(prob[chunk[0]])
+        if best is not None and ceiling < (score_threshold if nearest_box else min(best[0], score_threshold)):
+            break
+        soft = resize(mask_logits[chunk]).sigmoid()
+        inside = soft > mask_threshold
+        means = (soft * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+        scores = (prob[chunk] * means).tolist()
+        for mask, score, row in zip(inside.cpu().numpy(), scores, chunk.tolist(), strict=True):
+            if best is None or score > best[0]:
+                best = (score, mask)
+            if score < score_threshold:
+                continue
+            overlap = (_box_iou(_box(mask), box), row)
+            if nearest_box is None or overlap > nearest_box[0]:
+                nearest_box = (overlap, score, mask)
+    assert best is not None, "there is always a best prediction"
+    score, mask = best if nearest_box is None else nearest_box[1:]
+    return Segment(encode(mask), 0, score)
+
+
+@torch.no_grad()
+def nearest(mask_logits: Tensor, g: ViewGeometry, truths: Sequence[Rle]) -> list[dict[str, object]]:
+    """Return the prediction (logit > 0, original pixels) nearest to each truth: what a perfect choice would give.
+
+    The nearest is found on the mask grid, by the IoU with the part of each cell that the truth covers; only the
+    nearest are brought to original pixels.
+    """
+    if not truths:
+        return []
+    grid = mask_logits.shape[1:]
+    canvas = on_canvas(Masks(g.original, tuple(truths)), range(len(truths)), g)
+    shown = np.zeros((1, g.canvas, g.canvas), np.uint8)
+    shown[:, : g.scaled[0], : g.scaled[1]] = 1
+    dense = torch.from_numpy(np.concatenate([canvas, shown])).to(mask_logits.device, torch.float32)
+    cover = F.interpolate(dense[:, None], tuple(grid), mode="area").flatten(1)
+    cells = (mask_logits.flatten(1) > 0) * cover[-1]
+    inter = cover[:-1] @ cells.T
+    union = cover[:-1].sum(1, keepdim=True) + cells.sum(1) - inter
+    rows = (inter / union.clamp_min(1e-6)).argmax(1)
+    resize = _Resize(grid, g, mask_logits.device)
+    out: list[dict[str, object]] = []
+    for chunk in resize.chunks(rows):
+        out += [encode(mask) for mask in (resize(mask_logits[chunk]) > 0).cpu().numpy()]
+    return out
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """(top, left, bottom, right), half-open, of a (H, W) mask; None without a pixel."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _box_iou(a: tuple[int, int, int, int] | None, b: tuple[int, int, int, int] | None) -> float:
+    if a is None or b is None:
+        return 0.0
+    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(height, 0) * max(width, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return inter / (sum(areas) - inter)

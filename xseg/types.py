@@ -65,6 +65,9 @@ class Instance:
     is_crowd: bool = False
     id: int = 0
     """Annotation id of the data set."""
+    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Annotated visual prompts that point at it: kind ("point", "scribble", "box", "mask", …) -> RLE in original
+    pixels. Empty: tasks that need a prompt draw one from the mask."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Phrase:
     """Sentence or reference id of the data set, for per-sentence and per-reference protocols."""
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
+    explanation: str = ""
+    """Why these instances are meant, in a sentence that an answer may give before its mask (ReasonSeg); "" = none."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class Sample:
     categories: Categories | None = None
     phrases: tuple[Phrase, ...] = ()
     turns: tuple[Turn, ...] = ()
-    """Conversation data sets: the turns as annotated."""
+    """Conversation data sets: the turns as annotated. Grounded captions: the caption is the last turn of the assistant,
+    its k-th ``<p>…</p>`` is phrase k."""
     image_id: int | str = 0
     """The data set's own image id."""
     kind: str = ""
@@ -116,9 +122,10 @@ class Sample:
 class VisualPrompt:
     """A drawn prompt that stands in the text as ``<region>``."""
 
-    mask: Mapping[str, Any]
-    """RLE in original pixels of image ``image``."""
+    mask: Mapping[str, Any] = field(hash=False)
+    """RLE in original pixels of image ``image``; without a pixel = an absent prompt, a zero row."""
     image: int = 0
+    """The sample's own images first, then the first image of each donor."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,8 @@ class Encoded:
     queries: tuple[EncodedQuery, ...]
     prompts: tuple[tuple[np.ndarray, int], ...] = ()
     """((S, S) uint8 prompt mask, image index) in the order of ``EncodedText.regions``."""
+    names: tuple[str, ...] = ()
+    """Which picture each of ``images`` is: equal names, equal pictures. Empty where nobody compares them."""
 
 
 @dataclass(frozen=True)

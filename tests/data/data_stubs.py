@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from xseg.geometry.masks import encode, to_json, write_id_map
+from xseg.tasks.base import Base
 from xseg.tokens import find_spans
 from xseg.types import EncodedText, Formatted, Masks, Query, Sample, Turn, VisualPrompt
 
@@ -40,7 +41,7 @@ class WordEncoder:
 
 
 @dataclass(frozen=True)
-class PhraseTask:
+class PhraseTask(Base):
     """A turn and a query per phrase."""
 
     negatives: str = "batch"
@@ -57,7 +58,7 @@ class PhraseTask:
 
 
 @dataclass(frozen=True)
-class LabelTask:
+class LabelTask(Base):
     """No text, a fixed label list."""
 
     def format(self, sample: Sample, rng: np.random.Generator, donors: Any = (), *, train: bool = True) -> Formatted:
@@ -66,7 +67,7 @@ class LabelTask:
 
 
 @dataclass(frozen=True)
-class PromptTask:
+class PromptTask(Base):
     """One drawn prompt that is also the target."""
 
     def format(self, sample: Sample, rng: np.random.Generator, donors: Any = (), *, train: bool = True) -> Formatted:
@@ -76,7 +77,7 @@ class PromptTask:
 
 
 @dataclass(frozen=True)
-class TalkTask:
+class TalkTask(Base):
     """The conversation as it is."""
 
     def format(self, sample: Sample, rng: np.random.Generator, donors: Any = (), *, train: bool = True) -> Formatted:

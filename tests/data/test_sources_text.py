@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from data_stubs import coco_file, real
 
+from xseg.config import TaskSpec
 from xseg.data.records import Packed, read_records
 from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.geometry.masks import area, iou
+from xseg.tasks import load_task
 
 OPTIONS = {"images": "pictures", "refs": "refs.json", "instances": "instances.json"}
 
@@ -51,6 +53,20 @@ def test_evaluation_has_one_sample_per_object_and_sentence(tmp_path: Path) -> No
         ("refcoco/val/7-2-20", ["cat"], "2:20"),
     ]
     assert all(len(s.instances) == 1 for s in source)
+
+
+def test_all_sentences_of_a_reference_may_be_one_sample(tmp_path: Path) -> None:
+    refs = [ref(1, 70, "a cat", "grey cat", split="val"), ref(2, 71, "cat", split="val")]
+    write(tmp_path, refs)
+    source = load_source("refer", tmp_path, "val", {**OPTIONS, "grouping": "reference"})
+    assert [(s.key, [p.text for p in s.phrases]) for s in source] == [
+        ("refer/val/7-1", ["a cat", "grey cat"]),
+        ("refer/val/7-2", ["cat"]),
+    ]
+    merged = load_task(TaskSpec(name="refer_seg", sentences="merged"))
+    assert [p.text for s in source for p in merged.view(s).phrases] == ["a cat. grey cat", "cat"]
+    with pytest.raises(UserError, match="grouping: 'ref' must be"):
+        load_source("refer", tmp_path, "val", {**OPTIONS, "grouping": "ref"})
 
 
 def test_several_and_no_targets(tmp_path: Path) -> None:

@@ -39,3 +39,12 @@ def test_wording_is_that_of_evaluation() -> None:
 
     assert read("a circle").text == phrasing.PHRASE[0].format(phrase="<p>a circle</p>")
     assert read("segment: a, b").text == phrasing.CATEGORIES[0].format(names="<p>a</p>, <p>b</p>")
+
+
+def test_a_vocabulary_says_which_names_are_regions() -> None:
+    found = read("INS: Circle, star; sem: grass")
+    assert found.phrases == ("circle", "star", "grass") and found.regions == (2,)
+    assert found.text == read("segment: circle, star, grass").text and read("segment: a, b").regions is None
+    assert read("ins: circle").regions == ()
+    with pytest.raises(UserError, match="did you mean 'ins'"):
+        read("sem: grass; inst: circle")

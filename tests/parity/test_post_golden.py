@@ -11,6 +11,7 @@ import torch
 from hotcoco import mask as coco_mask
 
 from xseg import postprocess
+from xseg.geometry.masks import encode
 from xseg.types import Segment, ViewGeometry
 
 GOLDEN = os.environ.get("XSEG_GOLDEN")
@@ -93,8 +94,8 @@ def decode(segment: Segment) -> np.ndarray:
 PANOPTIC = [c for c in CASES if c[2] in ("genseg", "ovseg") and c[3].get("task_name", "panoptic") == "panoptic"]
 SEMANTIC = [c for c in CASES if c[3].get("task_name") == "semantic"]
 BEST = [c for c in CASES if c[2] in ("refseg", "reaseg")]
+POINTED = [c for c in CASES if c[2] == "intseg"]
 CAPTION = [c for c in CASES if c[2] == "gcgseg"]
-PROMPTED = [c for c in CASES if c[2] == "intseg"]
 INSTANCE = [c for c in CASES if c[3].get("task_name") == "instance" or c[2] == "vgdseg"]
 
 
@@ -160,18 +161,18 @@ def test_best_of_every_phrase_of_a_caption(case: Any) -> None:
         assert (painted != official).mean() <= PIXELS
 
 
-@pytest.mark.skipif(not hasattr(postprocess, "prompted"), reason="postprocess has no rule for drawn prompts yet")
-@pytest.mark.parametrize("case", PROMPTED, ids=name_of)
-def test_prompted(case: Any) -> None:
-    stem, name, _, options, columns, _ = case
-    stored = Stored(stem, columns)
+@pytest.mark.parametrize("case", POINTED, ids=name_of)
+def test_the_object_a_prompt_points_at(case: Any) -> None:
+    stored = Stored(case[0], case[4])
     for i in stored.images():
-        official, record = stored.of(name, i)
-        drawn = coco_mask.encode(np.asfortranarray(stored.arrays[f"post.{name}.vprompt_masks.{i}"][0], np.uint8))
-        logits = stored.masks[i], stored.classes[i], stored.geometry[i]
-        found = postprocess.prompted(*logits, drawn, score_threshold=options["threshold"])
+        official, record = stored.of(case[1], i)
+        prompt = encode(stored.arrays[f"post.{case[1]}.vprompt_masks.{i}"][0])
+        found = postprocess.prompted(
+            stored.masks[i], stored.classes[i], stored.geometry[i], prompt, score_threshold=case[3]["threshold"]
+        )
+        record = record[0] if isinstance(record, list) else record
         assert (decode(found) != (official == 1)).mean() <= PIXELS
-        assert found.score == pytest.approx(as_list(record)[0]["score"], abs=1e-5)
+        assert found.score == pytest.approx(record["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", INSTANCE, ids=name_of)

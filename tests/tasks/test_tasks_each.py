@@ -81,7 +81,7 @@ def test_fixed_labels_have_no_text() -> None:
     metrics = task.metrics()
     for metric in metrics:
         metric.update(prediction, sample)
-    assert {round(s.value, 6) for m in metrics for s in m.compute()} == {100}
+    assert {round(s.value, 6) for m in metrics[:3] for s in m.compute()} == {100}
 
 
 def test_generic_outputs_are_what_was_asked_for() -> None:
@@ -173,7 +173,7 @@ def test_rejection_compares_the_best_query_with_the_background() -> None:
     logits[0, 0, 0] = torch.tensor([1.0, 1.5])  # the phrase's best query leans to background
     unsure = dataclasses.replace(output, class_logits=logits)
     areas = []
-    for reject in (True, False):
+    for reject in (0.5, 0.0):
         found = refer_seg.Task(reject=reject).decode(unsure, [0, 1, 2], sample, geometry_of(sample))
         areas.append([int(truth.decode(s.mask).sum()) for s in found.segments[:2]])
     assert areas == [[0, 20], [9, 20]]

@@ -71,7 +71,7 @@ def test_the_five_lines_of_the_readme(model: Path, image: Path) -> None:
     from xseg import load
 
     predictor, processor = load(model)
-    result = predictor.segment(image, "the large red circle", reject=False)
+    result = predictor.segment(image, "the large red circle", reject=0.0)
     assert result.mask.shape == (40, 60) and result.mask.dtype == bool
     assert 0 <= result.score <= 1 and result.found == bool(result.mask.any())
     assert [s.label for s in result.segments] == ["the large red circle"]
@@ -148,7 +148,7 @@ def test_chat_without_a_model_opens_the_shipped_one(
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    assert load(device="cpu")[0].segment(image, "the circle", reject=False).mask.shape == (40, 60)
+    assert load(device="cpu")[0].segment(image, "the circle", reject=0.0).mask.shape == (40, 60)
 
 
 def test_export_on_the_command_line(model: Path, tmp_path: Path, refused: Callable[..., None]) -> None:

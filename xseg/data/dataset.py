@@ -43,22 +43,37 @@ class Dataset:
         return self._length
 
     def sample(self, index: int) -> Sample:
-        """Return the annotated sample; no image is decoded."""
+        """Return the annotated sample as the task sees it; no image is decoded."""
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
-        return self.source[index]
+        sample = self.source[index]
+        with named(sample.key):
+            return self.task.view(sample)  # type: ignore[no-any-return]
 
-    def format(self, index: int, epoch: int = 0, donors: Sequence[Sample] = ()) -> Formatted:
+    def donors(self, index: int, epoch: int = 0) -> tuple[Sample, ...]:
+        """Return the other samples that the task may take prompts from; empty for a task that wants none.
+
+        Drawn by (seed, epoch, index), so that a batch does not depend on how it is split over ranks.
+        """
+        count = min(self.task.donors, self._length - 1)
+        if count < 1:
+            return ()
+        rng = np.random.default_rng([self.preparation.seed, epoch, index, 3])
+        others = rng.choice(self._length - 1, count, replace=False).tolist()
+        return tuple(self.sample(k + (k >= index)) for k in others)
+
+    def format(self, index: int, epoch: int = 0) -> Formatted:
         """Return the conversation and queries of a sample in this epoch's wording."""
-        return self._format(self.sample(index), index, epoch, donors)
+        return self._format(self.sample(index), index, epoch, self.donors(index, epoch))
 
-    def get(self, index: int, epoch: int = 0, donors: Sequence[Sample] = ()) -> Encoded:
-        """Encode a sample; ``donors`` lend the images (numbered after the sample's own) of cross-image prompts.
+    def get(self, index: int, epoch: int = 0) -> Encoded:
+        """Encode a sample; images of its donors that prompts are drawn on follow its own.
 
         Raises UserError that names the sample's key for anything wrong with its files or annotations.
         """
         sample, p = self.sample(index), self.preparation
         with named(sample.key):
+            donors = self.donors(index, epoch)
             formatted = self._format(sample, index, epoch, donors)
             factor = None
             if p.jitter is not None:
@@ -128,6 +143,7 @@ def encode_sample(
     """Decode the images, encode the text and put masks and prompts on the canvas.
 
     A conversation that ends with the user's turn is encoded for generation; its queries wait for their ``<SEG>``.
+    Of the donors only those that a prompt is drawn on are decoded, and moved up behind the sample's own images.
     Targets without a pixel on the canvas (cut off by the jitter, or lost in a strong reduction) are left out: the
     view does not show them.
     """
@@ -135,17 +151,21 @@ def encode_sample(
     text = _text(formatted, preparation, generation)
     if text is not None and not generation:
         formatted = surviving(formatted, text)
-    pictures = [*sample.images, *(donor.images[0] for donor in donors)]
+    own = len(sample.images)
+    used = sorted({p.image for p in formatted.prompts if p.image >= own})
+    pictures = [*sample.images, *(donors[k - own].images[0] for k in used)]
+    place = {k: k for k in range(own)} | {k: own + n for n, k in enumerate(used)}
     images = tuple(preparation.views.views(read_image(p, sample.key), factor) for p in pictures)
     _check_sizes(sample, images)
-    if text is not None and len(text.images) > len(images):
-        raise UserError(f"the text holds {len(text.images)} image tokens for {len(images)} images; it needs one each")
+    if text is not None and len(text.images) > own:
+        raise UserError(f"the text holds {len(text.images)} image tokens for {own} images; it needs one each")
     geometries = [view.geometry for view in images]
     prompts = tuple(
-        (on_canvas(Masks(geometries[p.image].original, (p.mask,)), (0,), geometries[p.image])[0], p.image)
-        for p in formatted.prompts
+        (on_canvas(Masks(geometries[at].original, (p.mask,)), (0,), geometries[at])[0], at)
+        for p, at in ((p, place[p.image]) for p in formatted.prompts)
     )
-    return Encoded(sample.key, text, images, _queries(sample, formatted.queries, geometries), prompts)
+    names = tuple(str(picture) for picture in pictures)
+    return Encoded(sample.key, text, images, _queries(sample, formatted.queries, geometries), prompts, names)
 
 
 def _text(formatted: Formatted, preparation: Preparation, generation: bool) -> EncodedText | None:

@@ -1,6 +1,7 @@
 """What an evaluation scores without looking at any image, for the tasks that have such a baseline."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 from xseg.data.dataset import Dataset
 from xseg.geometry.masks import row_rle
 from xseg.metrics import blind
-from xseg.types import Instance, Masks, Prediction, Sample
+from xseg.metrics.answers import target
+from xseg.tasks.interactive_seg import fixed, prompt_of
+from xseg.types import Instance, Masks, Prediction, Sample, Segment
 
 Blind = Callable[[Sample], Prediction]
 
@@ -20,7 +23,16 @@ def blind_guess(dataset: Dataset) -> tuple[str, Blind] | None:
     What the guess knows about answers and places is counted on the evaluated samples themselves: the strongest blind
     guess of its kind, so that beating it means something.
     """
-    make = {"conversation": _answers, "refer_seg": _objects, "generic_seg": _map}.get(dataset.task.name)
+    make = {
+        "conversation": _answers,
+        "refer_seg": _objects,
+        "reason_seg": _objects,
+        "generic_seg": _map,
+        "open_vocab_seg": _map,
+        "vgd_seg": _map,
+        "interactive_seg": _prompts,
+        "gcg_seg": _caption,
+    }.get(dataset.task.name)
     return make(dataset) if make else None
 
 
@@ -46,6 +58,22 @@ def _objects(dataset: Dataset) -> tuple[str, Blind]:
         return blind.random_object(pooled, rng)
 
     return "blind: the perfect mask of a random object of the image, of all that this set names", guess
+
+
+def _prompts(dataset: Dataset) -> tuple[str, Blind]:
+    def guess(sample: Sample) -> Prediction:
+        shown = [
+            (p.kind, prompt_of(sample, p.instances[0], p.kind, fixed(sample, p.instances[0]))) for p in sample.phrases
+        ]
+        return Prediction(sample.key, tuple(Segment(mask, 0, 1.0, kind) for kind, mask in shown))
+
+    return "blind: the drawn prompt itself as the object's mask", guess
+
+
+def _caption(dataset: Dataset) -> tuple[str, Blind]:
+    commonest = Counter(target(sample) for sample in samples(dataset)).most_common(1)[0][0]
+    text = "blind: the commonest caption of this very set, without masks"
+    return text, lambda sample: Prediction(sample.key, text=commonest)
 
 
 def _map(dataset: Dataset) -> tuple[str, Blind]:

@@ -26,7 +26,6 @@ from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
 VERSIONS = ("torch", "transformers", "numpy", "hotcoco")
-MAX_NEW_TOKENS = 128
 
 Progress = Callable[[str, int, int, float], None]
 """Told (data set, samples done, samples in all, seconds) after every batch."""
@@ -135,9 +134,9 @@ def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> l
     encoded = [dataset.get(i) for i in indices]
     batch = collate(encoded).to(device(predictor.model))
     if dataset.task.eval_mode == "generate":
-        texts, queries, output = _generate(predictor, batch)
+        texts, queries, output = _generate(predictor, batch, dataset.task.max_new_tokens)
     else:
-        shared = share_images(batch, [str(image) for sample in found for image in sample.images])
+        shared = share_images(batch, [name for sample in encoded for name in sample.names])
         texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(shared)
     places = zip(queries, _geometries(encoded), texts, strict=True)
     return [
@@ -177,10 +176,12 @@ def share_images(batch: Batch, names: Sequence[str]) -> Batch:
     )
 
 
-def _generate(predictor: Predictor, batch: Batch) -> tuple[list[str], list[list[int]], ModelOutput | None]:
+def _generate(
+    predictor: Predictor, batch: Batch, max_new_tokens: int
+) -> tuple[list[str], list[list[int]], ModelOutput | None]:
     processor = predictor.processor
     stop_ids = processor.encoder.stop_ids if processor.encoder else ()
-    made = predictor.model.generate(batch, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids)
+    made = predictor.model.generate(batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     return [processor.decode(ids) for ids in made.sequences], made.queries, made.output
 
 
@@ -211,6 +212,8 @@ def _run_row(
             place = {"dataset": row.recipe, "index": index, "task": dataset.task.name}
             lines.write(json.dumps({"key": sample.key, **place, **record(prediction, scores)}) + "\n")
         run.progress(row.recipe, done, len(dataset), seconds)
+    for note in (note for metric in metrics for note in getattr(metric, "notes", list)()):
+        run.note(f"{row.recipe}: {note}")
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": load_recipe(DataRecipe, row.recipe).split}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
     table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]

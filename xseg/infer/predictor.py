@@ -18,9 +18,9 @@ from xseg.geometry.views import read_image
 from xseg.infer import request
 from xseg.infer.processing import XSegProcessor
 from xseg.models import checkpoint
-from xseg.tasks import phrasing
-from xseg.tokens import IMAGE
-from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry
+from xseg.tasks import interactive_seg, phrasing
+from xseg.tokens import IMAGE, REGION
+from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
 
 LEAST_SCORE = 0.5
 """Least score of an object when several names compete; for the eye, not for benchmarks."""
@@ -68,21 +68,46 @@ class Predictor:
         self.model, self.processor = model, processor
 
     @torch.inference_mode()
-    def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: bool = True) -> Result:
+    def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: float = 0.5) -> Result:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
+        The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
         The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
-        generated answer. ``reject=False`` always gives a phrase a mask, even where the model takes it for absent.
+        generated answer. Where a phrase is less likely than ``reject`` against the background, its mask is empty ("not
+        there"); 0 always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
-        asked = request.phrase(text) if isinstance(text, str) else request.categories(text)
+        if isinstance(text, str):
+            asked = request.vocabulary(text) if request.VOCABULARY.match(text) else request.phrase(text)
+        else:
+            asked = request.categories(text)
         turns = (Turn("user", f"{IMAGE}\n{asked.text}"), Turn("assistant", phrasing.ANSWER[0]))
         formatted = Formatted(turns, (Query(0, tuple(range(len(asked.phrases)))),))
         views = self.processor.sizes.views(opened(image))
         encoded = self.processor.encode([views], formatted)
         output = self.model(self.processor.batch([encoded]).to(device(self.model)))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
-        return Result(views.geometry.original, choose(*logits, views.geometry, asked.phrases, reject=reject))
+        found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
+        return Result(views.geometry.original, found)
+
+    @torch.inference_mode()
+    def select(self, image: Image | str | Path, kind: str, where: Any) -> Result:
+        """Find the one object that a drawn prompt points at.
+
+        ``kind`` and ``where``, all in pixels of the image: "point" [(x, y), …], "scribble" or "stroke" the (x, y) of a
+        line, "polygon" its corners, "box" (x1, y1, x2, y2), "mask" an (H, W) array. Raises UserError for another kind,
+        and for a prompt that has no pixel of the image.
+        """
+        views = self.processor.sizes.views(opened(image))
+        size = views.geometry.original
+        prompt = rle.encode(interactive_seg.from_user(kind, where, size))
+        question = phrasing.PROMPT[0].format(phrase=phrasing.span(REGION))
+        turns = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", phrasing.ANSWER[0]))
+        formatted = Formatted(turns, (Query(0, (0,)),), (VisualPrompt(prompt),))
+        output = self.model(self.processor.batch([self.processor.encode([views], formatted)]).to(device(self.model)))
+        logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
+        best = postprocess.prompted(*logits, views.geometry, prompt)
+        return Result(size, (Segment(best.mask, 0, best.score, kind),))
 
 
 def load(folder: str | Path | None = None, device: str | None = None) -> tuple[Predictor, XSegProcessor]:
@@ -106,18 +131,30 @@ def choose(
     g: ViewGeometry,
     phrases: Sequence[str],
     *,
-    reject: bool = True,
+    reject: float = 0.5,
+    regions: Sequence[int] | None = None,
 ) -> tuple[Segment, ...]:
-    """Segments of one query: (N, h, w) masks, (N, K + 1) classes of K ``phrases``.
+    """Segments of one query: (N, h, w) masks, (N, K + 1) classes of K ``phrases``; ``regions`` as in ``Request``.
 
     One phrase gets the mask of its best object query (empty: not there). Several phrases compete for each object
     query, and every object of at least ``LEAST_SCORE`` is one segment, best first; a phrase may have none.
     """
-    if len(phrases) == 1:
+    if len(phrases) == 1 and regions is None:
         best = postprocess.best(mask_logits, class_logits, g, concept=0, reject=reject)
         return (Segment(best.mask, 0, best.score, phrases[0]),)
     found = postprocess.instances(mask_logits, class_logits, g, score_threshold=LEAST_SCORE)
-    return tuple(Segment(s.mask, s.category, s.score, phrases[s.category]) for s in found)
+    return _united([Segment(s.mask, s.category, s.score, phrases[s.category]) for s in found], regions or ())
+
+
+def _united(found: Sequence[Segment], regions: Sequence[int]) -> tuple[Segment, ...]:
+    """Join the segments of each category in ``regions`` into one, with the score and the place of the best one."""
+    out: dict[tuple[int, int], Segment] = {}
+    for place, segment in enumerate(found):
+        key = (segment.category, -1 if segment.category in regions else place)
+        first = out.get(key)
+        mask = segment.mask if first is None else rle.union([first.mask, segment.mask])
+        out[key] = Segment(mask, segment.category, (first or segment).score, segment.label)
+    return tuple(out.values())
 
 
 def empty(size: Size) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from xseg.errors import UserError
 from xseg.tasks import phrasing
+from xseg.tasks.open_vocab_seg import KINDS, read_vocabulary
 from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, REGION, SEG
 
 SPAN = re.compile(re.escape(P_OPEN) + "(.*?)" + re.escape(P_CLOSE), re.DOTALL)
@@ -14,6 +15,7 @@ MASK_VERB = re.compile(
     r"^(?:segment|find|mark|outline|highlight|locate|select|mask|show(?: me)?)\b\s*(?P<colon>:)?\s*", re.IGNORECASE
 )
 PLACE = re.compile(r"\s+in (?:the|this) (?:image|picture|photo)$", re.IGNORECASE)
+VOCABULARY = re.compile(rf"(?:{'|'.join(KINDS)})\s*:", re.IGNORECASE)
 TALK = re.compile(
     r"^(?:what|which|who|whose|why|when|where|how|is|are|was|were|do|does|did|has|have|am|will|should|can|could|would"
     r"|describe|tell|explain|list|count|name|say|write|answer|compare|summarise|summarize|hello|hi|thanks|thank you"
@@ -23,6 +25,7 @@ TALK = re.compile(
 HELP = """\
 the large red circle             a mask of that thing; "segment ...", "find ...", "show me ..." mean the same
 segment: circle, square, grass   one mask per name (the colon makes it a list)
+ins: circle; sem: grass, sky     the same list; outside the chat "ins" gives every object, "sem" one mask per name
 how many circles are there?      an answer in words (ends with "?" or begins like a question or "describe ...")
 where is <p>the circle</p>?      your own wording, sent as it is; each <p>...</p> gets a mask"""
 
@@ -35,6 +38,9 @@ class Request:
     """Without ``<image>``; phrases stand between ``<p>`` and ``</p>``."""
     phrases: tuple[str, ...] = ()
     """What masks are asked for, in order; empty = conversation."""
+    regions: tuple[int, ...] | None = None
+    """A vocabulary: places of the names that are one region each; the others are one segment per object. None = the
+    message is no vocabulary."""
 
 
 def read(text: str) -> Request:
@@ -47,6 +53,8 @@ def read(text: str) -> Request:
             raise UserError(f"the message holds {token}, which only xseg itself may write; remove it: {text[:80]!r}")
     if P_OPEN in text or P_CLOSE in text:
         return Request(text, tuple(SPAN.findall(text)))
+    if VOCABULARY.match(text):
+        return vocabulary(text)
     wish = POLITE.sub("", text)
     verb = MASK_VERB.match(wish)
     if verb and verb["colon"]:
@@ -73,3 +81,10 @@ def categories(names: Sequence[str]) -> Request:
         raise UserError("the list of names is empty: write for example 'segment: circle, square, grass'")
     spans = ", ".join(phrasing.span(name) for name in cleaned)
     return Request(phrasing.CATEGORIES[0].format(names=spans), tuple(cleaned))
+
+
+def vocabulary(text: str) -> Request:
+    """Ask for the names of ``ins: person, bird; sem: water, sky``; UserError names what is wrong with the list."""
+    names = read_vocabulary(text)
+    asked = categories([name.text for name in names])
+    return Request(asked.text, asked.phrases, tuple(k for k, name in enumerate(names) if not name.is_thing))

@@ -90,11 +90,12 @@ class Session:
         said = processor.decode(made.sequences[0])
         segments: tuple[Segment, ...] = ()
         # phrases that the answer itself marks take the place of those asked for
-        phrases = tuple(request.SPAN.findall(said)) or asked.phrases
+        written = tuple(request.SPAN.findall(said))
+        phrases, regions = (written, None) if written else (asked.phrases, asked.regions)
         if phrases and made.output is not None and len(made.queries[0]) == 1:
             row = made.queries[0][0]
             logits = made.output.mask_logits[-1, row], made.output.class_logits[-1, row]
-            segments = self._per_phrase(choose(*logits, self._views.geometry, phrases), phrases)
+            segments = self._per_phrase(choose(*logits, self._views.geometry, phrases, regions=regions), phrases)
         self._turns = [*turns, Turn("assistant", _harmless(said))]
         self.answers.append(Answer(text, said, segments))
         return self.answers[-1]

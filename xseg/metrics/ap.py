@@ -12,9 +12,13 @@ from xseg.types import Categories, Prediction, Sample, Score, Segment
 
 
 class AveragePrecision:
-    """AP and AP50 in percent over thing categories, 100 detections per image, crowd regions ignored as COCO does."""
+    """AP and AP50 in percent over thing categories, 100 detections per image, crowd regions ignored as COCO does.
 
-    def __init__(self) -> None:
+    ``note`` is put behind the protocol: how the detections were asked for.
+    """
+
+    def __init__(self, note: str = "") -> None:
+        self.note = note
         self.categories: Categories | None = None
         self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = []
         """Per image: annotations, detections, (H, W)."""
@@ -62,6 +66,7 @@ class AveragePrecision:
             ci = result["ci"][metric]
             interval = (100 * ci["lower"], 100 * ci["upper"]) if len(self.images) > 1 else None
             text = f"COCO segm {protocol}, 100 detections per image, things only"
+            text += f"; {self.note}" if self.note else ""
             out.append(Score(metric, 100 * result["metrics_b"][metric], len(self.images), text, interval))
         return out
 

@@ -1,7 +1,8 @@
 """Scores of one mask per phrase: cIoU, gIoU, precision at k, and whether absent things are refused (GRES)."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -41,9 +42,14 @@ class Sentence:
 
 
 class PhraseIoU:
-    """Scores per sentence, in percent, over all sentences and per kind of phrase (``cIoU:relation``)."""
+    """Scores per sentence, in percent, over all sentences and per kind of phrase (``cIoU:relation``).
 
-    def __init__(self) -> None:
+    ``unit``: what a phrase of the samples is, for names and protocol: one "sentence", one "reference" with all its
+    sentences merged, or an "object" that a prompt points at.
+    """
+
+    def __init__(self, unit: Literal["sentence", "reference", "object"] = "sentence") -> None:
+        self.unit = unit
         self.sentences: list[Sentence] = []
 
     def update(self, prediction: Prediction, sample: Sample) -> None:
@@ -56,16 +62,26 @@ class PhraseIoU:
 
     def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
         """Mean IoU over the phrases of one sample."""
-        found = sentences(prediction, sample)
-        return {"gIoU": 100 * float(np.mean([s.iou for s in found]))} if found else {}
+        found, name = sentences(prediction, sample), "mIoU" if self.unit == "object" else "gIoU"
+        return {name: 100 * float(np.mean([s.iou for s in found]))} if found else {}
 
     def compute(self) -> list[Score]:
         """All scores, then cIoU and gIoU per kind; scores without a sentence are left out."""
-        scores = _scores(self.sentences, tuple(PROTOCOL), "")
+        scores = self._scores(self.sentences, tuple(PROTOCOL), "")
         kinds = sorted({s.kind for s in self.sentences} - {""})
         for kind in kinds if len(kinds) > 1 else []:
-            scores += _scores([s for s in self.sentences if s.kind == kind], ("cIoU", "gIoU"), f":{kind}")
+            scores += self._scores([s for s in self.sentences if s.kind == kind], ("cIoU", "gIoU"), f":{kind}")
         return scores
+
+    def _scores(self, found: list[Sentence], names: tuple[str, ...], suffix: str) -> list[Score]:
+        scores = _scores(found, names, suffix)
+        if self.unit == "object":
+            # the literature's name for it where objects are pointed at; that an object is there goes without saying
+            kept = [s for s in scores if not s.metric.endswith("-acc")]
+            words = [(s.metric.replace("gIoU", "mIoU"), s.protocol.replace("sentences", "objects")) for s in kept]
+            return [dataclasses.replace(s, metric=m, protocol=p) for s, (m, p) in zip(kept, words, strict=True)]
+        note = "" if self.unit == "sentence" else "; a sentence here is a reference with all its sentences merged"
+        return [dataclasses.replace(s, protocol=s.protocol + note) for s in scores]
 
 
 def sentences(prediction: Prediction, sample: Sample) -> list[Sentence]:

@@ -13,13 +13,16 @@ from pydantic import TypeAdapter, ValidationError
 from xseg.config import TaskSpec
 from xseg.errors import UserError, did_you_mean
 
+SHARED = {"base", "phrasing"}
+"""Modules of this folder that are no tasks: what tasks have in common."""
+
 
 def load_task(spec: TaskSpec) -> Any:
     """Return the ``Task`` that a recipe names, with its options checked.
 
     Raises UserError for an unknown task, an unknown option, or an option of the wrong type.
     """
-    known = {m.name for m in pkgutil.iter_modules(__path__)} - {"phrasing"}
+    known = {m.name for m in pkgutil.iter_modules(__path__)} - SHARED
     if spec.name not in known:
         raise UserError(f"task {spec.name!r}: no such module in xseg/tasks{did_you_mean(spec.name, known)}")
     kind = importlib.import_module(f"xseg.tasks.{spec.name}").Task

@@ -9,6 +9,7 @@ import numpy as np
 
 from xseg.errors import UserError
 from xseg.metrics.answers import ExactMatch
+from xseg.tasks import base
 from xseg.tokens import IMAGE, REGION, SPECIAL_TOKENS
 from xseg.types import Formatted, ModelOutput, Prediction, Sample, Turn, ViewGeometry
 
@@ -16,7 +17,7 @@ LITERAL = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, REGION))))
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(base.Base):
     """Conversation has no options."""
 
     name: ClassVar[str] = "conversation"

@@ -1,5 +1,6 @@
 """Generic segmentation: all categories in one question, one query, many masks (X-SAM sections 3.1 and 3.4)."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -8,10 +9,13 @@ import numpy as np
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.geometry.masks import encode
+from xseg.metrics import truth
 from xseg.metrics.ap import AveragePrecision
+from xseg.metrics.oracle import OracleGap
 from xseg.metrics.panoptic import PanopticQuality
 from xseg.metrics.semantic import MeanIoU
-from xseg.tasks import phrasing
+from xseg.tasks import base, phrasing
 from xseg.tokens import IMAGE
 from xseg.types import (
     Categories,
@@ -28,10 +32,12 @@ from xseg.types import (
 )
 
 Output = Literal["panoptic", "instance", "semantic"]
+SURE = 0.5
+"""Oracle gap of instances: least score of a candidate that counts as given out."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(base.Base):
     """Options of generic segmentation."""
 
     labels: Literal["text", "fixed"] = "text"
@@ -53,7 +59,6 @@ class Task:
     """Number of instance candidates per image."""
 
     name: ClassVar[str] = "generic_seg"
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "forced"
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
@@ -116,12 +121,18 @@ class Task:
             )
             extra["instances"] = tuple(_named(s, categories) for s in found if categories.is_thing[s.category])
         named = tuple(_named(s, categories) for s in segments)
+        if self.outputs != ("semantic",):
+            given = named or [s for s in extra.get("instances", ()) if s.score >= SURE]
+            # a panoptic map leaves no pixel empty; what it says about void counts neither way, as for PQ
+            void = encode(truth.segment_map(sample) == 0) if named else sample.ignore
+            extra["oracle"] = base.gap_of_instances(dataclasses.replace(sample, ignore=void), given, mask_logits, g)
         return Prediction(sample.key, named, panoptic=id_map, semantic=semantic, text=text, extra=extra)
 
     def metrics(self) -> list[Any]:
-        """PQ, AP and mIoU, as far as ``outputs`` has them."""
+        """PQ, AP and mIoU, as far as ``outputs`` has them, and the oracle gap of segments."""
         kinds = {"panoptic": PanopticQuality, "instance": AveragePrecision, "semantic": MeanIoU}
-        return [kinds[output]() for output in self.outputs]
+        scores: list[Any] = [kinds[output]() for output in self.outputs]
+        return scores if self.outputs == ("semantic",) else [*scores, OracleGap()]
 
     @staticmethod
     def example() -> Sample:

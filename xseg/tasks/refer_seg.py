@@ -1,15 +1,21 @@
-"""Referring segmentation: one turn, one query and one mask per expression (X-SAM section 3.1)."""
+"""Referring segmentation: one turn, one query and one mask per expression (X-SAM section 3.1), which may name one
+object, several, or none (GRES)."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.metrics import oracle
 from xseg.metrics.iou import PhraseIoU
-from xseg.tasks import phrasing
+from xseg.metrics.oracle import OracleGap
+from xseg.metrics.presence import Presence
+from xseg.tasks import base, phrasing
 from xseg.tokens import IMAGE
 from xseg.types import (
     Formatted,
@@ -27,7 +33,7 @@ from xseg.types import (
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(base.Base):
     """Options of referring segmentation."""
 
     negatives: Literal["own", "batch"] = "batch"
@@ -35,13 +41,23 @@ class Task:
     scores a phrase against the background alone."""
     max_phrases: int = 8
     """Training: of a sample with more phrases, this many are drawn (X-SAM main cuts samples at 8)."""
-    reject: bool = True
-    """Empty mask where the best query takes background for likelier than the phrase. False: always a mask, as on
-    sets whose every phrase has a target."""
+    sentences: Literal["each", "merged"] = "each"
+    """"each": every sentence is a phrase of its own (X-SAM, LISA); "merged": all sentences about one reference are one
+    phrase (PSALM). The numbers of the two must not be compared."""
+    reject: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Empty mask where the phrase is less probable than this against the background: 0.5 = where the best decoder query
+    takes background for likelier; 0 = always a mask, as on sets whose every phrase has a target. The row "presence
+    threshold" of a validation set says which value is calibrated."""
+    join: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sets whose phrases name several objects: the masks of all decoder queries at least this sure of the phrase are
+    united (X-SAM main takes 0.6 for gRefCOCO); None = only the best one's mask."""
     mask_threshold: float = 0.5
 
     name: ClassVar[str] = "refer_seg"
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "forced"
+
+    def view(self, sample: Sample) -> Sample:
+        """Merge the sentences of each reference where ``sentences`` says so."""
+        return merged(sample) if self.sentences == "merged" else sample
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
@@ -49,21 +65,13 @@ class Task:
         """Ask for each phrase in its own turn; all instances of a phrase are targets, and there may be none."""
         if not sample.phrases:
             raise UserError(f"{sample.key}: task refer_seg needs phrases, this sample has none; check its source")
-        phrases = sample.phrases
-        if train:
-            # A new order each time, so that no phrase always has the same turns before it.
-            phrases = tuple(phrases[i] for i in rng.permutation(len(phrases))[: self.max_phrases])
         turns: list[Turn] = []
         queries = []
-        for k, phrase in enumerate(phrases):
+        for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
             head = "" if turns else f"{IMAGE}\n"
             question = phrasing.pick(phrasing.PHRASE, rng, train).format(phrase=phrasing.span(phrase.text.lower()))
             turns += [Turn("user", head + question), Turn("assistant", phrasing.pick(phrasing.ANSWER, rng, train))]
-            named = [sample.instances[i] for i in phrase.instances]
-            # A crowd that is named is the target, as it is for the metric; left out, it would teach "not there".
-            rows = tuple(i.mask for i in named)
-            negatives = self.negatives if train else "own"
-            queries.append(Query(k, (k,), rows, (0,) * len(rows), negatives=negatives))
+            queries.append(query(k, sample, phrase, self.negatives if train else "own"))
         return Formatted(tuple(turns), tuple(queries))
 
     def decode(
@@ -73,28 +81,12 @@ class Task:
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
-        if len(queries) != len(sample.phrases):
-            raise UserError(
-                f"{sample.key}: {len(queries)} of {len(sample.phrases)} phrases fit the text; raise max_tokens of the "
-                "model recipe, or let the source give fewer phrases per sample"
-            )
-        segments = []
-        for query, phrase in zip(queries, sample.phrases, strict=True):
-            logits = output.class_logits[-1, query]
-            best = postprocess.best(
-                output.mask_logits[-1, query],
-                logits[:, [0, logits.shape[1] - 1]],  # the query's own phrase stands first, the background last
-                g,
-                concept=0,
-                threshold=self.mask_threshold,
-                reject=self.reject,
-            )
-            segments.append(Segment(best.mask, 0, best.score, phrase.text))
-        return Prediction(sample.key, tuple(segments), text=text)
+        options = {"reject": self.reject, "join": self.join, "threshold": self.mask_threshold}
+        return masks_of_phrases(output, queries, sample, g, options)
 
     def metrics(self) -> list[Any]:
-        """CIoU, gIoU and the rest, per sentence."""
-        return [PhraseIoU()]
+        """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
+        return [PhraseIoU("sentence" if self.sentences == "each" else "reference"), Presence(), OracleGap()]
 
     @staticmethod
     def example() -> Sample:
@@ -112,3 +104,56 @@ class Task:
         image = Image.fromarray((id_map[..., None] * [90, 50, 20]).astype(np.uint8))
         instances = (Instance(0, -1, id=1), Instance(1, -1, id=2))
         return Sample("example/refer", (image,), (8, 12), masks, instances, phrases=phrases, image_id=1)
+
+
+def drawn(phrases: Sequence[Phrase], most: int, rng: np.random.Generator) -> list[Phrase]:
+    """At most ``most`` phrases in a new order each time, so that no phrase always has the same turns before it."""
+    return [phrases[i] for i in rng.permutation(len(phrases))[:most]]
+
+
+def query(place: int, sample: Sample, phrase: Phrase, negatives: Literal["own", "batch"]) -> Query:
+    """The query of the ``place``-th turn. A crowd that is named is the target, as it is for the metric; left out, it
+    would teach "not there"."""
+    rows = tuple(sample.instances[i].mask for i in phrase.instances)
+    return Query(place, (place,), rows, (0,) * len(rows), negatives=negatives)
+
+
+def masks_of_phrases(
+    output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, options: dict[str, Any]
+) -> Prediction:
+    """One segment per phrase of a sample by ``postprocess.best`` with ``options``, and the oracle gap."""
+    if len(queries) != len(sample.phrases):
+        raise UserError(
+            f"{sample.key}: {len(queries)} of {len(sample.phrases)} phrases fit the text; raise max_tokens of the "
+            "model recipe, or let the source give fewer phrases per sample"
+        )
+    segments: list[Segment] = []
+    pairs: list[oracle.Pair] = []
+    for row, phrase in zip(queries, sample.phrases, strict=True):
+        logits = output.class_logits[-1, row]
+        # the query's own phrase stands first, the background last
+        own = logits[:, [0, logits.shape[1] - 1]]
+        best = postprocess.best(output.mask_logits[-1, row], own, g, concept=0, **options)
+        segments.append(Segment(best.mask, 0, best.score, phrase.text))
+        if phrase.instances:
+            named = [base.target(sample, phrase.instances, phrase.kind, phrase.text)]
+            pairs += base.gap(sample, named, [best.mask], output.mask_logits[-1, row], g)
+    return Prediction(sample.key, tuple(segments), extra={"oracle": tuple(pairs)})
+
+
+def merged(sample: Sample) -> Sample:
+    """Join the sentences of each reference, those with equal objects and the same id before the last ":", into one
+    phrase. Raises UserError for a phrase whose id has no ":"."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Phrase]] = {}
+    for phrase in sample.phrases:
+        reference, colon, _ = phrase.id.rpartition(":")
+        if not colon:
+            raise UserError(
+                f"phrase {phrase.text!r} has id {phrase.id!r}: sentences: merged needs 'reference:sentence'"
+            )
+        groups.setdefault((reference, phrase.instances), []).append(phrase)
+    phrases = (
+        dataclasses.replace(group[0], text=". ".join(p.text for p in group), id=reference)
+        for (reference, _), group in groups.items()
+    )
+    return dataclasses.replace(sample, phrases=tuple(phrases))

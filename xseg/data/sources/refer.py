@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from xseg.geometry.masks import rle_from_segmentation
 from xseg.types import Categories, Instance, Masks, Phrase, Sample
 
 Record = dict[str, Any]
+Grouping = Literal["image", "sentence", "reference"]
 MAX_PHRASES = 8
 """Most expressions in one training sample (X-SAM's data: at most 8 turns)."""
 
@@ -23,8 +24,9 @@ class Source:
 
     ``grouping`` "image" (default where the split's name starts with "train"): an image's expressions together, at most
     8 a sample, every (object, sentence) once, different objects first. "sentence" (default elsewhere): one sample per
-    object and unique lower-cased sentence, the protocol X-SAM reports. A reference may name several objects or, with
-    an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys.
+    object and unique lower-cased sentence, the protocol X-SAM reports. "reference": all sentences of one reference are
+    a sample, for the task's option ``sentences: merged`` (PSALM's protocol). A reference may name several objects or,
+    with an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys.
     """
 
     def __init__(
@@ -35,11 +37,11 @@ class Source:
         images: str,
         refs: str,
         instances: str,
-        grouping: Literal["image", "sentence"] | None = None,
+        grouping: Grouping | None = None,
         name: str = "refer",
     ) -> None:
-        if grouping not in (None, "image", "sentence"):
-            raise UserError(f"source refer: grouping: {grouping!r} must be 'image' or 'sentence'")
+        if grouping not in (None, *get_args(Grouping)):
+            raise UserError(f"source refer: grouping: {grouping!r} must be 'image', 'sentence' or 'reference'")
         self.prefix, self.images = f"{name}/{split}", data_path(root, images)
         self.path, refs_path = data_path(root, instances), data_path(root, refs)
         data = read_records(self.path)
@@ -48,11 +50,11 @@ class Source:
         chosen = _of_split(read_records(refs_path), split, str(refs_path))
         catalogue = _Catalogue(data, self.index, str(self.path))
         by_image = _phrases_by_image(chosen, catalogue, str(refs_path))
-        per_sentence = (grouping or ("image" if split.startswith("train") else "sentence")) == "sentence"
+        grouping = grouping or ("image" if split.startswith("train") else "sentence")
         self.records = Packed(
             record
             for image_id, phrases in by_image.items()
-            for record in _records(phrases, per_sentence, catalogue.images[image_id], catalogue.annotations)
+            for record in _records(phrases, grouping, catalogue.images[image_id], catalogue.annotations)
         )
 
     def __len__(self) -> int:
@@ -143,12 +145,17 @@ def _phrases_by_image(refs: list[Record], catalogue: _Catalogue, where: str) -> 
 
 
 def _records(
-    phrases: list[Record], per_sentence: bool, image: Record, annotations: Mapping[Any, Record]
+    phrases: list[Record], grouping: Grouping, image: Record, annotations: Mapping[Any, Record]
 ) -> list[Record]:
     """The samples of one image: its phrases in parts, each with the objects it names."""
-    if per_sentence:
+    if grouping == "sentence":
         parts = [[phrase] for phrase in phrases]
         names = [phrase["id"].replace(":", "-") for phrase in phrases]
+    elif grouping == "reference":
+        whole: dict[str, list[Record]] = {}
+        for phrase in phrases:
+            whole.setdefault(phrase["id"].rpartition(":")[0], []).append(phrase)
+        parts, names = list(whole.values()), list(whole)
     else:
         ordered = _different_objects_first(phrases)
         cuts = np.array_split(np.arange(len(ordered)), -(-len(ordered) // MAX_PHRASES))

@@ -1,0 +1,106 @@
+"""Reasoning segmentation: a question or a phrase that takes a step of thought, an explanation where one is known, and a
+mask (X-SAM section 3.1; LISA's ReasonSeg)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from xseg.errors import UserError
+from xseg.metrics.iou import PhraseIoU
+from xseg.metrics.oracle import OracleGap
+from xseg.metrics.presence import Presence
+from xseg.tasks import base, phrasing
+from xseg.tasks.refer_seg import drawn, masks_of_phrases, query
+from xseg.tokens import IMAGE, SEG
+from xseg.types import Formatted, Instance, Masks, ModelOutput, Phrase, Prediction, Sample, Turn, ViewGeometry
+
+SHORT = "short"
+"""Kind of a phrase that is no sentence."""
+
+
+@dataclass(frozen=True)
+class Task(base.Base):
+    """Options of reasoning segmentation."""
+
+    explain: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Training: probability that a question with a known explanation asks for it and gets it before the mask (the
+    paper's value). Evaluation asks for the mask alone."""
+    max_phrases: int = 8
+    """Training: of a sample with more questions, this many are drawn."""
+    reject: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Least probability of a question against the background for a mask that is not empty; 0 = always a mask, as on
+    ReasonSeg, where every question has a target."""
+    mask_threshold: float = 0.5
+
+    name: ClassVar[str] = "reason_seg"
+
+    def format(
+        self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
+    ) -> Formatted:
+        """Ask each question in its own turn: the whole question is the concept, the instruction stands behind it.
+
+        Phrases of kind "short" are asked for as a referring expression is.
+        """
+        if not sample.phrases:
+            raise UserError(f"{sample.key}: task reason_seg needs questions, this sample has none; check its source")
+        turns: list[Turn] = []
+        queries = []
+        for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
+            question, answer = self._words(phrase, rng, train)
+            head = "" if turns else f"{IMAGE}\n"
+            turns += [Turn("user", head + question), Turn("assistant", answer)]
+            queries.append(query(k, sample, phrase, "own"))
+        return Formatted(tuple(turns), tuple(queries))
+
+    def _words(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> tuple[str, str]:
+        explains = bool(phrase.explanation) and train and rng.random() < self.explain
+        wordings = phrasing.EXPLAIN if explains else phrasing.PHRASE if phrase.kind == SHORT else phrasing.QUESTION
+        text = phrase.text.lower() if phrase.kind == SHORT else phrase.text
+        answer = phrasing.pick(phrasing.ANSWER, rng, train)
+        if explains:
+            # An explanation of the release may hold the marker of another model; one answer has one of ours.
+            answer = f"{phrase.explanation.replace(SEG, '').strip()} {answer}"
+        return phrasing.pick(wordings, rng, train).format(phrase=phrasing.span(text)), answer
+
+    def decode(
+        self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
+    ) -> Prediction:
+        """One segment per question, from the decoder query most sure of it; UserError when questions were cut off."""
+        options = {"reject": self.reject, "threshold": self.mask_threshold}
+        return masks_of_phrases(output, queries, sample, g, options)
+
+    def metrics(self) -> list[Any]:
+        """CIoU, gIoU and the rest without ignored pixels, over all, short and long questions; the oracle gap."""
+        return [PhraseIoU(), Presence(), OracleGap()]
+
+    @staticmethod
+    def example() -> Sample:
+        """A 8 x 12 picture of two discs; a question, a phrase, and pixels that count neither way."""
+        from PIL import Image
+
+        from xseg.geometry.masks import encode
+
+        id_map = np.zeros((8, 12), np.int32)
+        id_map[1:4, 1:4], id_map[3:7, 6:11] = 1, 2
+        masks = Masks((8, 12), id_map=id_map, ids=(1, 2))
+        phrases = (
+            Phrase("What could roll farther?", (1,), "0", "long", "The larger disc keeps its momentum longer."),
+            Phrase("The odd one out", (0,), "1", SHORT),
+        )
+        image = Image.fromarray((id_map[..., None] * [90, 50, 20]).astype(np.uint8))
+        instances = (Instance(0, -1, id=1), Instance(1, -1, id=2))
+        ignore = np.zeros((8, 12), bool)
+        ignore[7] = True
+        return Sample(
+            "example/reason",
+            (image,),
+            (8, 12),
+            masks,
+            instances,
+            phrases=phrases,
+            image_id=1,
+            ignore=encode(ignore),
+        )
