@@ -65,6 +65,9 @@ class Instance:
     is_crowd: bool = False
     id: int = 0
     """Annotation id of the data set."""
+    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Visual prompts drawn for this object: kind ("point", "scribble", "box", "mask", …) -> RLE in original pixels.
+    Empty where the data set brings none."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Phrase:
     """Sentence or reference id of the data set, for per-sentence and per-reference protocols."""
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
+    explanation: str = ""
+    """What may be said before the mask (reasoning data sets); empty where the data set explains nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class Sample:
     categories: Categories | None = None
     phrases: tuple[Phrase, ...] = ()
     turns: tuple[Turn, ...] = ()
-    """Conversation data sets: the turns as annotated."""
+    """Conversation data sets: the turns as annotated. Grounded captions: one assistant turn, whose k-th ``<p>`` span
+    is ``phrases[k]``."""
     image_id: int | str = 0
     """The data set's own image id."""
     kind: str = ""
