@@ -65,9 +65,9 @@ class Instance:
     is_crowd: bool = False
     id: int = 0
     """Annotation id of the data set."""
-    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Visual prompts drawn for this object: kind ("point", "scribble", "box", "mask", …) -> RLE in original pixels.
-    Empty where the data set brings none."""
+    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Annotated visual prompts that point at it: kind ("point", "scribble", "box", "mask", …) -> RLE in original
+    pixels. Empty: tasks that need a prompt draw one from the mask."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Phrase:
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
     explanation: str = ""
-    """What may be said before the mask (reasoning data sets); empty where the data set explains nothing."""
+    """Why these instances are meant, in a sentence that an answer may give before its mask (ReasonSeg); "" = none."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Sample:
     categories: Categories | None = None
     phrases: tuple[Phrase, ...] = ()
     turns: tuple[Turn, ...] = ()
-    """Conversation data sets: the turns as annotated. Grounded captions: one assistant turn, whose k-th ``<p>`` span
-    is ``phrases[k]``."""
+    """Conversation data sets: the turns as annotated. Grounded captions: the caption is the last turn of the assistant,
+    its k-th ``<p>…</p>`` is phrase k."""
     image_id: int | str = 0
     """The data set's own image id."""
     kind: str = ""

@@ -1,1 +1,1 @@
-"""Masks, prompts and image views; numpy only."""
+"""Masks, prompts and image views; numpy and scipy only."""
