@@ -30,6 +30,7 @@ class Source:
         panoptic_json: str | None = None,
         panoptic_dir: str | None = None,
         image_ids: Sequence[int | str] | None = None,
+        file_name: str | None = None,
         name: str = "coco",
     ) -> None:
         if (instances is None) == (panoptic_json is None):
@@ -43,7 +44,7 @@ class Source:
         self.categories: Categories | None = read_categories(data, str(self.path))
         self.index = category_index(self.categories)
         group = group_instances if self.id_maps is None else group_segments
-        grouped = group(data, self.index, str(self.path))
+        grouped = group(_named(data, file_name, str(self.path)), self.index, str(self.path))
         self.records: Packed[tuple[dict[str, Any], Any]] = Packed(_chosen(grouped, image_ids, str(self.path)))
 
     def __len__(self) -> int:
@@ -82,6 +83,20 @@ class Source:
             for row, s in enumerate(segments)
         )
         return Masks(size, id_map=id_map, ids=tuple(s["id"] for s in segments)), instances
+
+
+def _named(data: Any, pattern: str | None, where: str) -> Any:
+    """The file with image records named by ``pattern``, a Python format over their keys; None leaves it."""
+    if pattern is None:
+        return data
+    try:
+        images = [{**row, "file_name": pattern.format(**row)} for row in records(data, "images", where)]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{where}: file_name: {pattern!r} does not fit an image record ({error!r}); use keys of the records, for "
+            "example '{id:012d}.jpg'"
+        ) from error
+    return {**data, "images": images}
 
 
 def read_categories(data: Any, where: str) -> Categories:
