@@ -35,7 +35,7 @@ def test_numbers_are_classes(tmp_path: Path, mode: str) -> None:
     assert sample.images == (tmp_path / "images/a/x.jpg",)
     assert [(i.category, i.id) for i in sample.instances] == [(0, 1), (1, 2), (2, 3)]
     assert sample.masks is not None
-    assert (dense(sample.masks) == np.stack([MAP == c for c in (1, 2, 3)])).all(), "0 and 255 belong to nothing"
+    assert (dense(sample.masks) == np.stack([c == MAP for c in (1, 2, 3)])).all(), "0 and 255 belong to nothing"
 
 
 def test_names_in_the_recipe_and_numbers_from_zero(tmp_path: Path) -> None:
