@@ -8,7 +8,7 @@ from data_stubs import boxes, coco_file, noise, panoptic_file, real
 from PIL import Image
 
 from xseg.config import DataRecipe, load_recipe
-from xseg.data.convert import LAYOUTS, convert
+from xseg.data.convert import convert
 from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.geometry.masks import dense
@@ -161,10 +161,6 @@ def test_a_mask_without_its_picture(tmp_path: Path) -> None:
     Image.fromarray(MASKS[0]).save(tmp_path / "masks/b.png")
     with pytest.raises(UserError, match=r"b\.png: a mask without its picture"):
         convert("png-masks", tmp_path, tmp_path / "out")
-
-
-def test_every_layout_is_tested_here() -> None:
-    assert set(LAYOUTS) == {"coco", "labelme", "png-masks", "lisa", "sa2va"}
 
 
 def test_real_coco(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from xseg.config import DataRecipe
 from xseg.data import lint_records
@@ -20,7 +19,7 @@ from xseg.data.parallel import ordered
 from xseg.data.sources import Source, load_source
 from xseg.errors import UserError
 from xseg.geometry.masks import area, decode, row_rle
-from xseg.geometry.views import read_image, read_size
+from xseg.geometry.views import read_image
 from xseg.tokens import P_CLOSE, P_OPEN
 from xseg.types import Sample, Size
 
@@ -68,12 +67,15 @@ def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report
     except UserError as error:
         if not report.faults:
             report.faults.append(Fault("record", str(error)))
+        listed = _PictureCheck(lint_records.pictures(recipe, root))
+        report.faults += [fault for faults in ordered(listed, len(listed.rows), workers) for fault in faults]
         return report
     report.samples = len(source)
     if recipe.count is not None and recipe.count != report.samples:
         report.faults.append(Fault("count", f"{name}: {report.samples} samples, the recipe states {recipe.count}"))
-    # what the record check says about the masks of an instances file, the samples would say again in other words
-    once = {"record", "mask empty"} if "instances" in recipe.options else set()
+    # what the record check says about a file, its samples would say again in other words
+    checked = recipe.source in lint_records.CHECKS and "panoptic_json" not in recipe.options
+    once = {"record", "mask empty", "text empty"} if checked else set()
     known, keys = {fault.text for fault in report.faults}, set()
     for found in ordered(_Check(source), len(source), workers):
         if found.key and found.key in keys:
@@ -116,23 +118,37 @@ def identity(path: Path) -> str:
     return f"coco {match[1]}" if match else str(path.resolve())
 
 
+@dataclass(frozen=True)
+class _PictureCheck:
+    """The pictures a file lists, where its samples cannot be read: (file, stated size, place)."""
+
+    rows: Sequence[tuple[Path, Size, str]]
+
+    def __call__(self, index: int) -> tuple[Fault, ...]:
+        return tuple(_picture(*self.rows[index]))
+
+
 def _pictures(sample: Sample) -> Iterator[Fault]:
+    stated: Size = sample.size if sample.masks is None else sample.masks.size
     for number, image in enumerate(sample.images):
-        if isinstance(image, Image.Image):
-            continue
-        try:
-            read_image(image, sample.key)
-            size = read_size(image, sample.key)
-        except UserError as error:
-            kind = "image missing" if not image.is_file() else "image unreadable"
-            yield Fault(kind, str(error))
-            continue
-        stated: Size = sample.size if sample.masks is None else sample.masks.size
-        if number == 0 and stated not in ((0, 0), size):
-            yield Fault(
-                "image size",
-                f"{sample.key}: image {image} is {list(size)} (height, width), its annotation says {list(stated)}",
-            )
+        if isinstance(image, Path):
+            yield from _picture(image, (0, 0) if number else stated, sample.key)
+
+
+def _picture(path: Path, stated: Size, where: str) -> Iterator[Fault]:
+    """Whether a picture is there, can be decoded, and has the stated (H, W); (0, 0) = none is stated."""
+    try:
+        picture = read_image(path, where)
+    except UserError as error:
+        yield Fault("image unreadable" if path.is_file() else "image missing", str(error))
+        return
+    size = (picture.height, picture.width)
+    if stated not in ((0, 0), size):
+        yield Fault(
+            "image size",
+            f"{where}: image {path} is {list(size)} (height, width), its annotation says {list(stated)}: masks only "
+            "fit the image they were drawn on; fetch the original or repair the size",
+        )
 
 
 def _masks(sample: Sample) -> Iterator[Fault]:

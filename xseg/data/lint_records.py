@@ -11,6 +11,7 @@ from xseg.data.records import field, read_records, records
 from xseg.data.sources import llava
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
+from xseg.tokens import IMAGE
 from xseg.types import Size
 
 SLACK = 2.0
@@ -30,6 +31,21 @@ def check(recipe: DataRecipe, root: Path) -> list[Fault]:
     """Every fault in the annotation files of a recipe, as far as its format has a check; UserError for a lost file."""
     checker = CHECKS.get(recipe.source)
     return [] if checker is None else list(checker(recipe.options, root))
+
+
+def pictures(recipe: DataRecipe, root: Path) -> list[tuple[Path, Size, str]]:
+    """(file, stated (H, W), place) of the pictures that the COCO file of a recipe lists; [] for other formats."""
+    named = recipe.options.get("instances") or recipe.options.get("panoptic_json")
+    folder = recipe.options.get("images")
+    if named is None or folder is None or "{" in folder:
+        return []
+    path = data_path(root, str(named))
+    rows = enumerate(records(read_records(path), "images", str(path)))
+    return [
+        (data_path(root, folder) / row["file_name"], (int(row["height"]), int(row["width"])), f"{path}: images[{n}]")
+        for n, row in rows
+        if not {"file_name", "height", "width"} - set(row)
+    ]
 
 
 def outside(polygon: Any, size: Size, where: str) -> Iterator[Fault]:
@@ -134,7 +150,12 @@ def _llava(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
         return  # the source itself says so
     for number, row in enumerate(rows):
         try:
-            llava.read_record(row, f"{path}: conversation {number}")
+            record = llava.read_record(row, f"{path}: conversation {number}")
+            for turn, (_, text) in enumerate(record["turns"]):
+                if not text.replace(IMAGE, "").strip():
+                    yield Fault(
+                        "text empty", f"{path}: conversation {number}: turn {turn} has no words; write or drop it"
+                    )
         except UserError as error:
             yield Fault("conversation", str(error))
 

@@ -206,7 +206,7 @@ def lint_command(
     root: Root = Path("data"),
     workers: Workers = 1,
 ) -> None:
-    """Name every fault in the data of recipes, with file and record; pictures trained and scored on. Status 1 if any."""
+    """Name every fault in the data of recipes, with file and record, and pictures both trained and scored on."""
     from rich.console import Console
 
     from xseg.ui.datatools import run_lint
