@@ -86,7 +86,7 @@ def test_png_masks_by_category_and_by_object(tmp_path: Path) -> None:
     )
     convert("png-masks", objects, tmp_path / "out2", source / "images")
     recipe, (sample,) = opened(tmp_path / "out2")
-    assert recipe.task.name == "inter_seg", "masks without a name can only be pointed at"
+    assert recipe.task.name == "interactive_seg", "masks without a name can only be pointed at"
     assert (dense(sample.masks) == MASKS).all()  # type: ignore[arg-type]
 
 

@@ -17,9 +17,9 @@ CAPTION = '"A Dog sits beside two cats on the grass."'
 
 def psg(**changes: Any) -> list[dict[str, Any]]:
     groundings = {
-        "two cats": {"token_positives": [19, 27], "rle_masks": RLES[1:]},
-        "A Dog": {"token_positives": [1, 6], "rle_masks": RLES[:1]},
-        "cats on": {"token_positives": [23, 30], "rle_masks": RLES[2:]},
+        "two cats": {"token_positives": [18, 26], "rle_masks": RLES[1:]},
+        "A Dog": {"token_positives": [0, 5], "rle_masks": RLES[:1]},
+        "cats on": {"token_positives": [22, 29], "rle_masks": RLES[2:]},
     }
     return [{"image_id": 7, "file_name": "7.jpg", "caption": CAPTION, "groundings": groundings, **changes}]
 
@@ -30,7 +30,7 @@ def source(root: Path, data: Any, **options: str) -> Any:
 
 
 def test_granular_captions_of_granddf_and_openpsg(tmp_path: Path) -> None:
-    assert CAPTION[1:6] == "A Dog" and CAPTION[19:27] == "two cats"
+    assert CAPTION[1:][0:5] == "A Dog" and CAPTION[1:][18:26] == "two cats", "places count behind the quotation mark"
     sample = source(tmp_path, psg())[0]
     assert [t.text for t in sample.turns] == ["<p>a dog</p> sits beside <p>two cats</p> on the grass."]
     assert [(p.text, p.instances) for p in sample.phrases] == [("a dog", (0,)), ("two cats", (1, 2))]
@@ -60,16 +60,17 @@ def test_refcocog_s_sentences_are_found_as_words_of_the_caption(tmp_path: Path) 
 def test_flickr_rows_of_one_span_are_one_phrase(tmp_path: Path) -> None:
     images = [
         {"id": 3, "file_name": "3.jpg", "caption": "Two men and a boat."},
-        {"id": 4, "file_name": "4.jpg", "caption": "A"},
+        {"id": 4, "file_name": "4.jpg", "caption": "A big fish"},
+        {"id": 5, "file_name": "5.jpg", "caption": "Two words"},
     ]
     rows = [
         {"image_id": 3, "tokens_positive": [[12, 18]], "sam_mask": RLES[2]},
         {"image_id": 3, "tokens_positive": [[0, 7]], "sam_mask": RLES[0]},
         {"image_id": 3, "tokens_positive": [[0, 7]], "sam_mask": RLES[1]},
-        {"image_id": 4, "tokens_positive": [[0, 1]], "sam_mask": RLES[1]},
+        {"image_id": 4, "tokens_positive": [[0, 10]], "sam_mask": RLES[1]},
     ]
     found = source(tmp_path, {"images": images, "annotations": rows})
-    assert [t.text for s in found for t in s.turns] == ["<p>two men</p> and <p>a boat</p>.", "<p>a</p>"]
+    assert [t.text for s in found for t in s.turns] == ["<p>two men</p> and <p>a boat</p>.", "<p>a big fish</p>"]
     assert [p.instances for p in found[0].phrases] == [(0, 1), (2,)]
     with pytest.raises(UserError, match="image_id 9, which 'images' does not list"):
         source(tmp_path, {"images": images, "annotations": [{**rows[0], "image_id": 9}]})
@@ -105,7 +106,7 @@ def test_val_captions_with_their_own_mask_file(tmp_path: Path) -> None:
         ({"groundings": {"x": {"token_positives": [3], "rle_masks": RLES}}}, r"'x': \[3\] must be \[start, end\]"),
         ({"groundings": {"x": {"token_positives": [1, 6]}}}, "'x': key 'rle_masks' is missing"),
         ({"groundings": []}, "'groundings' is a list"),
-        ({"caption": None, "groundings": {"x": {"token_positives": [0, 9], "rle_masks": []}}}, "characters 0 to 9"),
+        ({"caption": None}, "caption: None must be a text"),
     ],
 )
 def test_a_wrong_record_is_named(tmp_path: Path, changes: Any, message: str) -> None:

@@ -24,7 +24,7 @@ from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size
 
 Samples = Iterable[Sample]
 JSONL, RECIPE = "samples.jsonl", "recipe.yaml"
-NAMED, POINTED = "generic_seg", "inter_seg"
+NAMED, POINTED = "generic_seg", "interactive_seg"
 
 
 def convert(layout: str, source: Path, out: Path, images: Path | None = None) -> int:

@@ -12,6 +12,9 @@ from xseg.geometry.views import read_size
 from xseg.tokens import P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 
+WORDS = 3
+"""Flickr: shorter captions are left out, as the release's own reader does."""
+
 
 class Span(NamedTuple):
     """Words of a caption, where they stand (start -1 = nowhere) and the masks they are about."""
@@ -33,10 +36,10 @@ class Source:
 
     or, for val and test, ``captions`` {images: [{id}], annotations: [{image_id, caption, labels}]} and ``masks``
     {annotations: [{image_id, segmentation}]}, the k-th mask of an image being that of its k-th label, over ``id.jpg``.
-    Captions are lower-cased and lose their quotation marks; spans are sorted, and of two that overlap the later one
-    is dropped (X-SAM's rule). RefCOCOg's sentences and the labels are found in the caption as substrings. A training
-    sentence that is not found is dropped; a label that is not found keeps its masks, as a phrase after those of the
-    spans, because recall counts it.
+    Captions are lower-cased and lose the quotation marks around them; spans are sorted, and of two that overlap the
+    later one is dropped (X-SAM's rule). RefCOCOg's sentences and the labels are found in the caption as substrings. A
+    training sentence that is not found is dropped; a label that is not found keeps its masks, as a phrase after those
+    of the spans, because recall counts it.
     """
 
     categories: Categories | None = None
@@ -106,7 +109,12 @@ def _read(record: Any, where: str) -> tuple[str, str, list[Span]]:
     """Image file, caption and spans of a record of any layout."""
     if isinstance(record, Mapping) and len(record) == 1:
         record = next(iter(record.values()))  # RefCOCOg: {key: record}
-    caption = str(field(record, "caption", where))
+    caption = field(record, "caption", where)
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: caption: {caption!r} must be a text; repair the record")
+    if "annotations" not in record:
+        # the release's places count from behind the quotation mark; Flickr's captions have none
+        caption = caption.strip('"').strip()
     if "groundings" in record:
         return str(field(record, "file_name", where)), caption, _psg_spans(record, caption, where)
     if "refs" in record:
@@ -120,6 +128,8 @@ def _read(record: Any, where: str) -> tuple[str, str, list[Span]]:
     rows = records(record, "annotations", where)
     spans = []
     for row in rows:
+        if row.get("ignore", False):
+            continue
         positions = field(row, "tokens_positive", where)
         place = positions[0] if isinstance(positions, list) and positions else positions
         spans.append(_span(caption, place, [field(row, "sam_mask", where)], where))
@@ -189,7 +199,7 @@ def _tagged(caption: str, spans: Sequence[Span]) -> str:
         last = span.end
         if caption[span.start : span.end] != caption[span.start : span.end].rstrip():
             text += " "
-    return (text + _lower(caption[last:])).replace('"', "").strip()
+    return (text + _lower(caption[last:])).strip()
 
 
 def _lower(text: str) -> str:
@@ -210,12 +220,14 @@ def _flickr_records(data: Any, where: str) -> list[dict[str, Any]]:
     by_image: dict[Any, list[Any]] = {}
     for number, row in enumerate(records(data, "annotations", where)):
         by_image.setdefault(field(row, "image_id", f"{where}: annotations[{number}]"), []).append(row)
-    keys = ("tokens_positive", "sam_mask")
+    keys = ("tokens_positive", "sam_mask", "ignore")
     out = []
     for number, image in enumerate(records(data, "images", where)):
         place = f"{where}: images[{number}]"
         rows = by_image.pop(field(image, "id", place), [])
         record = {"file_name": field(image, "file_name", place), "caption": field(image, "caption", place)}
+        if len(str(record["caption"]).split(" ")) < WORDS:
+            continue
         out.append({**record, "annotations": [{k: row[k] for k in keys if k in row} for row in rows]})
     if by_image:
         raise UserError(f"{where}: annotations of image_id {next(iter(by_image))!r}, which 'images' does not list")

@@ -15,8 +15,6 @@ from xseg.geometry.views import read_size
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size
 
 TARGET, IGNORED = 1, 255
-MAX_PHRASES = 8
-"""Most questions in one training sample, as for referring expressions."""
 
 
 class Source:
@@ -98,8 +96,7 @@ def _records(path: Path, per_sentence: bool, said: Mapping[str, str]) -> Iterato
         for number, phrase in enumerate(phrases):
             yield {"file": path.name, "key": f"{path.stem}-{number}", "phrases": [phrase]}
         return
-    for part, start in enumerate(range(0, len(phrases), MAX_PHRASES)):
-        yield {"file": path.name, "key": f"{path.stem}-{part}", "phrases": phrases[start : start + MAX_PHRASES]}
+    yield {"file": path.name, "key": path.stem, "phrases": phrases}
 
 
 def _explanations(path: Path) -> dict[str, str]:
