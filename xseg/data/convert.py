@@ -126,7 +126,10 @@ def _labelme(folder: Path, images: Path | None) -> Iterator[Sample]:
 def _labelme_polygon(shape: Any, where: str) -> list[float]:
     """The outline of a labelme shape: polygon, rectangle (two corners) or circle (centre and a point on it)."""
     kind = str(shape.get("shape_type") or "polygon")
-    points = np.asarray(field(shape, "points", where), np.float64)
+    try:
+        points = np.asarray(field(shape, "points", where), np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: points must be pairs of numbers [x, y] ({error}); repair the shape") from error
     least = {"polygon": 3, "rectangle": 2, "circle": 2}
     if kind not in least:
         raise UserError(

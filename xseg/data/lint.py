@@ -106,8 +106,10 @@ class _Check:
         faults = [*_pictures(sample), *_masks(sample), *_texts(sample)]
         outlines = getattr(self.source, "outlines", None)
         if outlines is not None and sample.size != (0, 0):
-            for place, polygon in outlines(index):
-                faults += outside(polygon, sample.size, place)
+            try:
+                faults += [f for place, polygon in outlines(index) for f in outside(polygon, sample.size, place)]
+            except UserError as error:  # an outline that the sample does not use
+                faults.append(Fault("record", str(error)))
         pictures = tuple(identity(image) for image in sample.images if isinstance(image, Path))
         return _Found(sample.key, tuple(faults), pictures)
 
@@ -189,11 +191,11 @@ def _texts(sample: Sample) -> Iterator[Fault]:
         caption = sample.turns[0].text
         opened, closed = caption.count(P_OPEN), caption.count(P_CLOSE)
         masked = sum(bool(p.instances) for p in sample.phrases)
-        if opened != closed or opened != masked or len(sample.phrases) != masked:
+        if opened != closed or opened > masked or len(sample.phrases) != masked:
             yield Fault(
                 "spans and masks",
-                f"{sample.key}: {opened} spans in the caption, {masked} of {len(sample.phrases)} phrases with a mask; "
-                "each span needs its masks",
+                f"{sample.key}: {opened} {P_OPEN} and {closed} {P_CLOSE} in the caption, {masked} of "
+                f"{len(sample.phrases)} phrases with a mask; each span needs both marks and its masks",
             )
     for number, turn in enumerate(sample.turns):
         if not turn.text.strip():

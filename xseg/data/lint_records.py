@@ -1,6 +1,6 @@
 """The part of lint that reads annotation files record by record, for formats whose reader stops at the first fault."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +50,12 @@ def pictures(recipe: DataRecipe, root: Path) -> list[tuple[Path, Size, str]]:
 
 def outside(polygon: Any, size: Size, where: str) -> Iterator[Fault]:
     """Yield the fault of an outline [x1, y1, …] that leaves its picture of (H, W) pixels by more than ``SLACK``."""
-    values = np.asarray(polygon, np.float64)
-    if values.ndim != 1 or len(values) % 2:
+    try:
+        values = np.asarray(polygon, np.float64)
+    except (TypeError, ValueError):
         return  # the reader names malformed polygons itself
+    if values.ndim != 1 or len(values) % 2:
+        return
     xy = values.reshape(-1, 2)
     if len(xy) and ((xy < -SLACK).any() or (xy > np.array(size[::-1]) + SLACK).any()):
         low, high = np.round(xy.min(0), 1).tolist(), np.round(xy.max(0), 1).tolist()
@@ -79,21 +82,24 @@ def _coco_file(path: Path) -> Iterator[Fault]:
     yield from _repeated(rows, "file_name", f"{where}: images")
     for number, row in enumerate(rows):
         place = f"{where}: images[{number}]"
-        missing = [k for k in ("id", "file_name", "height", "width") if k not in row]
+        missing = [k for k in ("id", "file_name", "height", "width") if not isinstance(row, Mapping) or k not in row]
         if missing:
             yield Fault("record", f"{place}: key '{missing[0]}' is missing; every image needs it")
         else:
             images[row["id"]] = (int(row["height"]), int(row["width"]))
     rows = records(data, "annotations", where)
-    yield from _repeated([row for row in rows if "segments_info" not in row], "id", f"{where}: annotations")
+    yield from _repeated(rows, "id", f"{where}: annotations")
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            yield Fault("record", f"{where}: annotations[{number}]: expected a record, found {str(row)[:60]!r}")
+            continue
         place = f"{where}: annotations[{number}] (id {row.get('id', row.get('image_id'))})"
-        if row.get("image_id") not in images:
+        if not _among(row.get("image_id"), images):
             yield Fault("unknown image", f"{place}: image_id {row.get('image_id')!r} is not listed under 'images'")
         for segment in row.get("segments_info", [row]):
-            if segment.get("category_id") not in categories:
+            if not _among(segment.get("category_id"), categories):
                 yield Fault("unknown category", f"{place}: category_id {segment.get('category_id')!r} is not listed")
-        if "segments_info" not in row and row.get("image_id") in images:
+        if "segments_info" not in row and _among(row.get("image_id"), images):
             yield from _segmentation(row, images[row["image_id"]], place)
 
 
@@ -117,21 +123,26 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
     instances, path = data_path(root, str(options["instances"])), data_path(root, str(options["refs"]))
     yield from _coco_file(instances)
     data, where = read_records(instances), str(path)
-    images = {row.get("id") for row in records(data, "images", str(instances))}
-    owner = {row.get("id"): row.get("image_id") for row in records(data, "annotations", str(instances))}
+    images = {row.get("id") for row in records(data, "images", str(instances)) if isinstance(row, Mapping)}
+    rows = [row for row in records(data, "annotations", str(instances)) if isinstance(row, Mapping)]
+    owner = {row.get("id"): row.get("image_id") for row in rows}
     refs = read_records(path)
     if not isinstance(refs, list):
         yield Fault("record", f"{where}: expected a list of references, found a {type(refs).__name__}")
         return
     yield from _repeated(refs, "ref_id", where)
-    yield from _repeated([s for ref in refs for s in ref.get("sentences", [])], "sent_id", f"{where}: sentences")
+    spoken = [s for ref in refs if isinstance(ref, Mapping) for s in ref.get("sentences", [])]
+    yield from _repeated(spoken, "sent_id", f"{where}: sentences")
     for number, ref in enumerate(refs):
+        if not isinstance(ref, Mapping):
+            yield Fault("record", f"{where}: [{number}]: expected a record, found {str(ref)[:60]!r}")
+            continue
         place = f"{where}: [{number}] (ref_id {ref.get('ref_id')})"
-        if ref.get("image_id") not in images:
+        if not _among(ref.get("image_id"), images):
             yield Fault("unknown image", f"{place}: image_id {ref.get('image_id')!r} is not listed in {instances}")
         named = ref.get("ann_id", -1)
         for annotation in named if isinstance(named, list) else [named]:
-            if annotation != -1 and annotation not in owner:
+            if annotation != -1 and not _among(annotation, owner):
                 yield Fault("unknown annotation", f"{place}: ann_id {annotation!r} is not in {instances}")
             elif annotation != -1 and owner[annotation] != ref.get("image_id"):
                 yield Fault(
@@ -160,13 +171,18 @@ def _llava(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
             yield Fault("conversation", str(error))
 
 
+def _among(value: Any, known: Container[Any]) -> bool:
+    """Whether an id is known; a list or an object is no id."""
+    return isinstance(value, int | str) and value in known
+
+
 def _repeated(rows: list[Any], key: str, where: str) -> Iterator[Fault]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for number, row in enumerate(rows):
         value = row.get(key) if isinstance(row, Mapping) else None
-        if value is not None and value in seen:
+        if value is not None and repr(value) in seen:
             yield Fault("duplicate id", f"{where}[{number}]: {key} {value!r} is there twice; make it unique")
-        seen.add(value)
+        seen.add(repr(value))
 
 
 CHECKS: dict[str, Callable[[Mapping[str, Any], Path], Iterator[Fault]]] = {

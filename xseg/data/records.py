@@ -131,6 +131,14 @@ def field(record: Any, key: str, where: str) -> Any:
     return record[key]
 
 
+def whole(record: Any, key: str, where: str, default: int | None = None) -> int:
+    """Return the whole number under ``key``; UserError when it is missing without a ``default``, or no number."""
+    value = default if default is not None and key not in record else field(record, key, where)
+    if not isinstance(value, int):
+        raise UserError(f"{where}: {key}: {value!r} must be a whole number; correct it")
+    return value
+
+
 def records(data: Any, key: str, where: str) -> list[Any]:
     """Return the list under ``key`` of an annotation file; UserError when there is none."""
     rows = field(data, key, where)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from xseg.config import data_path
-from xseg.data.records import Packed, field, records
+from xseg.data.records import Packed, field, records, whole
 from xseg.data.sources.vgd import polygons, read_list, read_objects
 from xseg.errors import UserError
 from xseg.geometry.masks import area, decode, encode, rle_from_segmentation
@@ -41,7 +41,7 @@ class Source:
         number, row = self.objects[index]
         record, where = self.pictures[number], f"{self.path}: record {number}"
         info = field(record, "image_info", where)
-        size = int(field(info, "height", where)), int(field(info, "width", where))
+        size = whole(info, "height", where), whole(info, "width", where)
         masks, instances = read_objects([record["anns"][row]], size, {}, where, _prompts)
         file = str(field(record, "image", where))
         key = record["anns"][row].get("id", row)

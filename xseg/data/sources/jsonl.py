@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from xseg.config import data_path
-from xseg.data.records import Packed, field, records
+from xseg.data.records import Packed, field, records, whole
 from xseg.data.sources.semantic import read_label_map
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import prompts as drawn
@@ -86,8 +86,10 @@ class Source:
         number, text = self.lines[index]
         where = f"{self.path}: line {number}"
         row = _parsed(text, where)
-        files = [row["image"]] if "image" in row else list(row.get("images", ()))
-        images = tuple(self.images / str(file) for file in files)
+        files = [row["image"]] if "image" in row else row.get("images", [])
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{where}: images: {str(files)[:60]} must be names of files; correct it")
+        images = tuple(self.images / file for file in files)
         key = str(row.get("id", number))
         size = _size(row, images, where)
         rles, instances = self._objects(row, size, where)
@@ -128,9 +130,11 @@ class Source:
                 category = self.index[name]
             rles.append(self._rle(field(item, "segmentation", place), size, place))
             given = item.get("prompts", {})
+            if not isinstance(given, Mapping):
+                raise UserError(f"{place}: prompts: {str(given)[:60]!r} must map kinds to prompts; correct it")
             prompts = {kind: self._prompt(kind, value, size, f"{place}: {kind}") for kind, value in given.items()}
             instances.append(
-                Instance(number, category, bool(item.get("crowd", False)), int(item.get("id", number)), prompts)
+                Instance(number, category, bool(item.get("crowd", False)), whole(item, "id", place, number), prompts)
             )
         return tuple(rles), tuple(instances)
 

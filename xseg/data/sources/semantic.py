@@ -56,7 +56,8 @@ class Source:
         path, place = self.records[index]
         label_map = read_label_map(path)
         assert self.categories is not None
-        found = [c for c in self.categories.ids if c in set(np.unique(label_map).tolist())]
+        there = set(np.unique(label_map).tolist())
+        found = [c for c in self.categories.ids if c in there]
         size: Size = (label_map.shape[0], label_map.shape[1])
         return Sample(
             key=f"{self.prefix}/{place}",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from xseg.config import data_path
-from xseg.data.records import Packed, field, read_records, records
+from xseg.data.records import Packed, field, read_records, records, whole
 from xseg.data.sources.coco import category_index, check_category, read_categories
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
@@ -81,7 +81,7 @@ def read_objects(
             category = index[row["category_id"]]
         if not area(rle):
             continue
-        crowd, key = bool(row.get("iscrowd", 0)), int(row.get("id", number))
+        crowd, key = bool(row.get("iscrowd", 0)), whole(row, "id", place, number)
         instances.append(Instance(len(rles), category, crowd, key, prompts(row, size, place)))
         rles.append(rle)
     return Masks(size, tuple(rles)), tuple(instances)
@@ -97,6 +97,8 @@ def polygons(annotations: Sequence[Any], where: str) -> Iterator[tuple[str, Any]
 
 def _prompts(row: Any, size: Size, where: str) -> dict[str, dict[str, Any]]:
     drawn = field(row, "visual_prompts", where)
+    if not isinstance(drawn, Mapping):
+        raise UserError(f"{where}: visual_prompts: {str(drawn)[:60]!r} must map kinds to masks; correct it")
     out = {}
     for kind in KINDS:
         given = drawn.get(f"{kind}_visual_prompt")
@@ -109,4 +111,4 @@ def _prompts(row: Any, size: Size, where: str) -> dict[str, dict[str, Any]]:
 
 def _size(record: Any, where: str) -> Size:
     info = field(record, "image_info", where)
-    return int(field(info, "height", where)), int(field(info, "width", where))
+    return whole(info, "height", where), whole(info, "width", where)
