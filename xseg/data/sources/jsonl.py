@@ -28,9 +28,11 @@ the option ``images``.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xseg.config import data_path
 from xseg.data.records import Packed, field, records, whole
@@ -150,7 +152,11 @@ class Source:
         return encode(found)
 
     def _prompt(self, kind: str, value: Any, size: Size, where: str) -> dict[str, Any]:
-        makers = {"point": drawn.from_points, "scribble": drawn.from_path, "box": drawn.from_box}
+        makers: dict[str, Callable[[Size, Any], np.ndarray]] = {
+            "point": drawn.from_points,
+            "scribble": drawn.from_path,
+            "box": drawn.from_box,
+        }
         if kind not in makers or isinstance(value, Mapping | str):
             return self._rle(value, size, where)
         if not _numbers(value) or (kind == "box" and len(value) != 4):
