@@ -26,6 +26,9 @@ from xseg.types import Sample, Size
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})")
 """COCO's pictures are the same whatever release they are named after."""
 SHOWN = 5
+"""Pairs of samples that a leak names."""
+Seen = dict[Path, tuple[Size, str]]
+"""What is known of the pictures opened so far: many samples share one."""
 
 
 @dataclass
@@ -60,13 +63,13 @@ def lint(recipes: Mapping[str, DataRecipe], root: Path, workers: int = 1) -> tup
 
 
 def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report:
-    report = Report(name, recipe.split)
+    report = Report(name, recipe.split, faults=lint_records.check(recipe, root))
     try:
-        report.faults += lint_records.check(recipe, root)
         source = load_source(recipe.source, root, recipe.split, recipe.options)
     except UserError as error:
         if not report.faults:
             report.faults.append(Fault("record", str(error)))
+            return report
         listed = _PictureCheck(lint_records.pictures(recipe, root))
         report.faults += [fault for faults in ordered(listed, len(listed.rows), workers) for fault in faults]
         return report
@@ -84,8 +87,9 @@ def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report
         for fault in found.faults:
             if fault.kind in once:
                 continue
-            if fault.text not in known:  # a picture's fault, or an annotation's, once however many samples share it
-                known.add(fault.text)
+            told = fault.about or fault.text
+            if told not in known:
+                known.add(told)
                 report.faults.append(fault)
         for picture in found.pictures:
             report.pictures.setdefault(picture, found.key)
@@ -97,13 +101,14 @@ class _Check:
     """Everything about the sample of a number."""
 
     source: Source
+    seen: Seen = field(default_factory=dict)
 
     def __call__(self, index: int) -> _Found:
         try:
             sample = self.source[index]
         except UserError as error:
             return _Found("", (Fault("record", str(error)),), ())
-        faults = [*_pictures(sample), *_masks(sample), *_texts(sample)]
+        faults = [*_pictures(sample, self.seen), *_masks(sample), *_texts(sample)]
         outlines = getattr(self.source, "outlines", None)
         if outlines is not None and sample.size != (0, 0):
             try:
@@ -127,30 +132,38 @@ class _PictureCheck:
     rows: Sequence[tuple[Path, Size, str]]
 
     def __call__(self, index: int) -> tuple[Fault, ...]:
-        return tuple(_picture(*self.rows[index]))
+        return tuple(_picture(*self.rows[index], {}))
 
 
-def _pictures(sample: Sample) -> Iterator[Fault]:
+def _pictures(sample: Sample, seen: Seen) -> Iterator[Fault]:
     stated: Size = sample.size if sample.masks is None else sample.masks.size
     for number, image in enumerate(sample.images):
         if isinstance(image, Path):
-            yield from _picture(image, (0, 0) if number else stated, sample.key)
+            yield from _picture(image, (0, 0) if number else stated, sample.key, seen)
 
 
-def _picture(path: Path, stated: Size, where: str) -> Iterator[Fault]:
+def _picture(path: Path, stated: Size, where: str, seen: Seen) -> Iterator[Fault]:
     """Whether a picture is there, can be decoded, and has the stated (H, W); (0, 0) = none is stated."""
-    try:
-        picture = read_image(path, where)
-    except UserError as error:
-        yield Fault("image unreadable" if path.is_file() else "image missing", str(error))
-        return
-    size = (picture.height, picture.width)
-    if stated not in ((0, 0), size):
+    if path not in seen:
+        seen[path] = _opened(path)
+    size, error = seen[path]
+    if error:
+        yield Fault("image unreadable" if path.is_file() else "image missing", f"{where}: {error}", str(path))
+    elif stated not in ((0, 0), size):
         yield Fault(
             "image size",
             f"{where}: image {path} is {list(size)} (height, width), its annotation says {list(stated)}: masks only "
             "fit the image they were drawn on; fetch the original or repair the size",
         )
+
+
+def _opened(path: Path) -> tuple[Size, str]:
+    """(H, W) of a picture, decoded as a whole, and what is wrong with it."""
+    try:
+        picture = read_image(path, "picture")
+    except UserError as error:
+        return (0, 0), str(error).removeprefix("picture: ")
+    return (picture.height, picture.width), ""
 
 
 def _masks(sample: Sample) -> Iterator[Fault]:

@@ -1,13 +1,13 @@
 """The part of lint that reads annotation files record by record, for formats whose reader stops at the first fault."""
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from xseg.config import DataRecipe, data_path
-from xseg.data.records import field, read_records, records
+from xseg.data.records import field, read_records, records, whole
 from xseg.data.sources import llava
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
@@ -25,12 +25,20 @@ class Fault(NamedTuple):
     """Short and countable, such as "mask empty"."""
     text: str
     """File and record, what is wrong, and what to do."""
+    about: str = ""
+    """What it is about where several records may say the same, such as a picture's file; told once."""
 
 
 def check(recipe: DataRecipe, root: Path) -> list[Fault]:
-    """Every fault in the annotation files of a recipe, as far as its format has a check; UserError for a lost file."""
-    checker = CHECKS.get(recipe.source)
-    return [] if checker is None else list(checker(recipe.options, root))
+    """Every fault in the annotation files of a recipe, as far as its format has a check."""
+    found: list[Fault] = []
+    try:
+        checker = CHECKS.get(recipe.source)
+        for fault in () if checker is None else checker(recipe.options, root):
+            found.append(fault)  # one by one: an error further on must not lose the faults before it
+    except UserError as error:
+        found.append(Fault("record", str(error)))
+    return found
 
 
 def pictures(recipe: DataRecipe, root: Path) -> list[tuple[Path, Size, str]]:
@@ -40,11 +48,14 @@ def pictures(recipe: DataRecipe, root: Path) -> list[tuple[Path, Size, str]]:
     if named is None or folder is None or "{" in folder:
         return []
     path = data_path(root, str(named))
-    rows = enumerate(records(read_records(path), "images", str(path)))
+    try:
+        rows = enumerate(records(read_records(path), "images", str(path)))
+    except UserError:
+        return []  # ``check`` has said it
     return [
-        (data_path(root, folder) / row["file_name"], (int(row["height"]), int(row["width"])), f"{path}: images[{n}]")
+        (data_path(root, folder) / str(row["file_name"]), (row["height"], row["width"]), f"{path}: images[{n}]")
         for n, row in rows
-        if not {"file_name", "height", "width"} - set(row)
+        if isinstance(row, Mapping) and not {"file_name", "height", "width"} - set(row)
     ]
 
 
@@ -74,19 +85,19 @@ def _coco(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
 
 def _coco_file(path: Path) -> Iterator[Fault]:
     data, where = read_records(path), str(path)
-    categories = {row.get("id") for row in records(data, "categories", where) if isinstance(row, Mapping)}
+    categories = _by_id(records(data, "categories", where))
     yield from _repeated(records(data, "categories", where), "id", f"{where}: categories")
-    images = {}
+    images: dict[str, Size] = {}
     rows = records(data, "images", where)
     yield from _repeated(rows, "id", f"{where}: images")
     yield from _repeated(rows, "file_name", f"{where}: images")
     for number, row in enumerate(rows):
         place = f"{where}: images[{number}]"
-        missing = [k for k in ("id", "file_name", "height", "width") if not isinstance(row, Mapping) or k not in row]
-        if missing:
-            yield Fault("record", f"{place}: key '{missing[0]}' is missing; every image needs it")
-        else:
-            images[row["id"]] = (int(row["height"]), int(row["width"]))
+        try:
+            field(row, "file_name", place)
+            images[str(field(row, "id", place))] = (whole(row, "height", place), whole(row, "width", place))
+        except UserError as error:
+            yield Fault("record", str(error))
     rows = records(data, "annotations", where)
     yield from _repeated(rows, "id", f"{where}: annotations")
     for number, row in enumerate(rows):
@@ -94,13 +105,14 @@ def _coco_file(path: Path) -> Iterator[Fault]:
             yield Fault("record", f"{where}: annotations[{number}]: expected a record, found {str(row)[:60]!r}")
             continue
         place = f"{where}: annotations[{number}] (id {row.get('id', row.get('image_id'))})"
-        if not _among(row.get("image_id"), images):
-            yield Fault("unknown image", f"{place}: image_id {row.get('image_id')!r} is not listed under 'images'")
         for segment in row.get("segments_info", [row]):
-            if not _among(segment.get("category_id"), categories):
+            if str(segment.get("category_id")) not in categories:
                 yield Fault("unknown category", f"{place}: category_id {segment.get('category_id')!r} is not listed")
-        if "segments_info" not in row and _among(row.get("image_id"), images):
-            yield from _segmentation(row, images[row["image_id"]], place)
+        size = images.get(str(row.get("image_id")))
+        if size is None:
+            yield Fault("unknown image", f"{place}: image_id {row.get('image_id')!r} is not listed under 'images'")
+        elif "segments_info" not in row:
+            yield from _segmentation(row, size, place)
 
 
 def _segmentation(row: Mapping[str, Any], size: Size, place: str) -> Iterator[Fault]:
@@ -123,9 +135,8 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
     instances, path = data_path(root, str(options["instances"])), data_path(root, str(options["refs"]))
     yield from _coco_file(instances)
     data, where = read_records(instances), str(path)
-    images = {row.get("id") for row in records(data, "images", str(instances)) if isinstance(row, Mapping)}
-    rows = [row for row in records(data, "annotations", str(instances)) if isinstance(row, Mapping)]
-    owner = {row.get("id"): row.get("image_id") for row in rows}
+    images = _by_id(records(data, "images", str(instances)))
+    owner = _by_id(records(data, "annotations", str(instances)))
     refs = read_records(path)
     if not isinstance(refs, list):
         yield Fault("record", f"{where}: expected a list of references, found a {type(refs).__name__}")
@@ -138,16 +149,17 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
             yield Fault("record", f"{where}: [{number}]: expected a record, found {str(ref)[:60]!r}")
             continue
         place = f"{where}: [{number}] (ref_id {ref.get('ref_id')})"
-        if not _among(ref.get("image_id"), images):
+        if str(ref.get("image_id")) not in images:
             yield Fault("unknown image", f"{place}: image_id {ref.get('image_id')!r} is not listed in {instances}")
         named = ref.get("ann_id", -1)
         for annotation in named if isinstance(named, list) else [named]:
-            if annotation != -1 and not _among(annotation, owner):
+            if annotation == -1:
+                continue
+            if str(annotation) not in owner:
                 yield Fault("unknown annotation", f"{place}: ann_id {annotation!r} is not in {instances}")
-            elif annotation != -1 and owner[annotation] != ref.get("image_id"):
-                yield Fault(
-                    "annotation of another image", f"{place}: ann_id {annotation!r} lies on image {owner[annotation]!r}"
-                )
+            elif owner[str(annotation)].get("image_id") != ref.get("image_id"):
+                other = owner[str(annotation)].get("image_id")
+                yield Fault("annotation of another image", f"{place}: ann_id {annotation!r} lies on image {other!r}")
         sentences = ref.get("sentences", [])
         if not sentences or not all(str(s.get("sent", "")).strip() for s in sentences):
             yield Fault("text empty", f"{place}: a reference without a sentence, or an empty one; write it or drop it")
@@ -171,9 +183,9 @@ def _llava(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
             yield Fault("conversation", str(error))
 
 
-def _among(value: Any, known: Container[Any]) -> bool:
-    """Whether an id is known; a list or an object is no id."""
-    return isinstance(value, int | str) and value in known
+def _by_id(rows: list[Any]) -> dict[str, Mapping[str, Any]]:
+    """Records by their id as text, which even a wrong id has."""
+    return {str(row.get("id")): row for row in rows if isinstance(row, Mapping)}
 
 
 def _repeated(rows: list[Any], key: str, where: str) -> Iterator[Fault]:
