@@ -48,7 +48,7 @@ def test_wrong_folders_and_pictures(tmp_path: Path) -> None:
     options = {"images": "images", "labels": "labels", "names": "names.txt"}
     maps(tmp_path)
     with pytest.raises(UserError, match=r"no \*_x\.png there"):
-        load_source("semantic", tmp_path, "val", {**options, "label_suffix": "_x.png"})
+        load_source("semantic", tmp_path, "val", {**options, "suffixes": ["", "_x.png"]})
     with pytest.raises(UserError, match=r"lost\.txt: the list of names cannot be read"):
         load_source("semantic", tmp_path, "val", {**options, "names": "lost.txt"})
     noise(2, 4).save(tmp_path / "labels/a/x.png")
@@ -107,14 +107,14 @@ def test_real_ade20k() -> None:
         (
             "cityscapes/leftImg8bit/val",
             "cityscapes/gtFine/val",
-            {"image_suffix": "_leftImg8bit.png", "label_suffix": "_gtFine_labelTrainIds.png"},
+            {"suffixes": ["_leftImg8bit.png", "_gtFine_labelTrainIds.png"]},
             19,
             0,
         ),
     ],
 )
 def test_real_label_maps_of_other_sets(
-    images: str, labels: str, suffixes: dict[str, str], names: int, first: int
+    images: str, labels: str, suffixes: dict[str, Any], names: int, first: int
 ) -> None:
     options = {"images": images, "labels": labels, "names": [f"class {i}" for i in range(names)], "first": first}
     source = load_source("semantic", real("semseg_misc"), "val", {**options, **suffixes})

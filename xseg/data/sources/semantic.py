@@ -17,8 +17,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 class Source:
     """One sample per label map, a segment per class that occurs in it.
 
-    ``labels`` is the folder of label maps, searched with its subfolders; the picture of ``labels/a/b{label_suffix}``
-    is ``images/a/b{image_suffix}``, by default of the same name, whatever its type. ``names`` lists the classes in the
+    ``labels`` is the folder of label maps, searched with its subfolders. ``suffixes`` are the ends of the picture's and
+    of the label map's name: ``images/a/b_x.png`` and ``labels/a/b_y.png`` have ["_x.png", "_y.png"]; "" for the picture
+    is any type of image. ``names`` lists the classes in the
     order of their numbers, or is a text file: one name a line, or ADE20K's objectInfo150.txt (tab-separated, the name
     last). ``first`` is the number of the first class; pixels of any other number belong to none of them (1 for
     ADE20K, where 0 is "other"). The key's last part is the path without its suffix.
@@ -33,11 +34,13 @@ class Source:
         labels: str,
         names: str | Sequence[str],
         first: int = 0,
-        image_suffix: str = "",
-        label_suffix: str = ".png",
+        suffixes: Sequence[str] = ("", ".png"),
         name: str = "semantic",
     ) -> None:
-        self.prefix, self.first, self.image_suffix = f"{name}/{split}", first, image_suffix
+        if isinstance(suffixes, str) or len(suffixes) != 2:
+            raise UserError(f"source semantic: suffixes: {suffixes!r} must be two, of the picture and of the label map")
+        self.prefix, self.first = f"{name}/{split}", first
+        self.image_suffix, label_suffix = suffixes
         self.images, self.labels = data_path(root, images), data_path(root, labels)
         listed = _read_names(data_path(root, names)) if isinstance(names, str) else [str(n) for n in names]
         count = len(listed)
@@ -46,7 +49,7 @@ class Source:
         )
         paths = sorted(p for p in self.labels.rglob(f"*{label_suffix}") if p.is_file())
         if not paths:
-            raise UserError(f"{self.labels}: no *{label_suffix} there; check the options 'labels' and 'label_suffix'")
+            raise UserError(f"{self.labels}: no *{label_suffix} there; check the options 'labels' and 'suffixes'")
         self.records = [(p, p.relative_to(self.labels).as_posix()[: -len(label_suffix)]) for p in paths]
 
     def __len__(self) -> int:
