@@ -333,6 +333,17 @@ REAL: dict[str, tuple[DataRecipe, set[str]]] = {
         ),
         set(),
     ),
+    "semseg_misc": (
+        recipe(
+            "semantic",
+            "val",
+            images="semseg_misc/cityscapes/leftImg8bit/val",
+            labels="semseg_misc/cityscapes/gtFine/val",
+            suffixes=["_leftImg8bit.png", "_gtFine_labelTrainIds.png"],
+            names=[f"class {i}" for i in range(19)],
+        ),
+        set(),
+    ),
     "davis16": (
         recipe("frames", "val", frames="davis16/JPEGImages/480p", masks="davis16/Annotations/480p", binary=True),
         set(),

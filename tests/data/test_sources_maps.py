@@ -100,7 +100,6 @@ def test_real_ade20k() -> None:
     ("images", "labels", "suffixes", "names", "first"),
     [
         ("loveda/img_dir", "loveda/ann_dir", {}, 7, 1),
-        ("nyu/images", "nyu/annotations", {}, 40, 1),
         ("potsdam/img_dir", "potsdam/ann_dir", {}, 6, 0),
         ("vaihingen/img_dir", "vaihingen/ann_dir", {}, 6, 0),
         ("lip/train_images", "lip/train_segmentations", {}, 20, 0),

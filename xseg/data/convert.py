@@ -159,7 +159,8 @@ def _png_masks(folder: Path, images: Path | None) -> Iterator[Sample]:
     used: set[Path] = set()
     for image in sorted(p for p in pictures.iterdir() if p.suffix.lower() in SUFFIXES):
         size = read_size(image, str(image))
-        rles, instances = [], []
+        rles: list[dict[str, Any]] = []
+        instances: list[Instance] = []
         for category, place in [(-1, masks), *((i, masks / n) for i, n in enumerate(names))]:
             path = place / f"{image.stem}.png"
             if not path.is_file():

@@ -71,7 +71,8 @@ def read_objects(
 
     Raises UserError for a category outside the list and for damaged masks or prompts.
     """
-    rles, instances = [], []
+    rles: list[dict[str, Any]] = []
+    instances: list[Instance] = []
     for number, row in enumerate(annotations):
         place = f"{where} annotation {row.get('id', number) if isinstance(row, Mapping) else number}"
         rle = rle_from_segmentation(field(row, "segmentation", place), size, place)
