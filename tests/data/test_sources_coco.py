@@ -39,6 +39,23 @@ def test_a_recipe_may_name_its_images(tmp_path: Path) -> None:
         load_source("coco", tmp_path, "val", {**INSTANCES, "image_ids": [9, 8]})
 
 
+def test_files_may_be_called_otherwise(tmp_path: Path) -> None:
+    coco_file(tmp_path)
+    (sample, _) = load_source("coco", tmp_path, "val", {**INSTANCES, "images": "pictures/{id:03d}.png"})
+    assert sample.images == (tmp_path / "pictures/007.png",)
+    with pytest.raises(UserError, match=r"images: '\{name\}\.png' does not fit an image record"):
+        load_source("coco", tmp_path, "val", {**INSTANCES, "images": "pictures/{name}.png"})
+
+
+def test_real_lvis() -> None:
+    root = real("lvis")
+    source = load_source("coco", root, "val", {"images": "images/{id:012d}.jpg", "instances": "lvis_subset.json"})
+    samples = list(source)
+    assert len(samples) == 7 and sum(len(s.instances) for s in samples) == 52
+    assert all(s.images[0].is_file() for s in samples)  # type: ignore[union-attr]
+    assert source.categories is not None and "alarm clock" in source.categories.names
+
+
 def test_panoptic_ids_crowd_and_stuff(tmp_path: Path) -> None:
     panoptic_file(tmp_path)
     source = load_source("coco", tmp_path, "val", PANOPTIC)

@@ -216,3 +216,17 @@ def test_real_expressions() -> None:
         assert other.masks is not None and phrase.text == sample.phrases[0].text
         mine, theirs = sample.masks.rles[0], other.masks.rles[other.instances[phrase.instances[0]].mask]
         assert area(mine) > 0 and iou(mine, theirs) == 1
+
+
+def test_grefcoco_s_records(tmp_path: Path) -> None:
+    common = {"category_id": [5], "file_name": "7.png"}
+    refs = [
+        {**ref(1, [71, 70], "the two of them", split="testA"), **common, "no_target": False},
+        {**ref(2, [-1], "a dog that is not there", split="testA"), **common, "no_target": True},
+        {**ref(3, [70], "one", split="testA"), **common, "no_target": False},
+    ]
+    write(tmp_path, refs)
+    samples = list(load_source("refer", tmp_path, "testA", OPTIONS))
+    found = [(s.phrases[0].kind, [s.instances[i].id for i in s.phrases[0].instances]) for s in samples]
+    assert found == [("several", [71, 70]), ("no-target", []), ("", [70])]
+    assert [len(s.masks or ()) for s in samples] == [2, 0, 1]

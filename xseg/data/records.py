@@ -55,13 +55,20 @@ def read_records(path: Path) -> Any:
         if path.suffix in (".p", ".pkl", ".pickle"):
             with path.open("rb") as file:
                 return PlainUnpickler(file, encoding="latin1").load()
-        return json.loads(path.read_bytes())
+        return _json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such annotation file; check the recipe's options and the data root") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path}: the annotation file cannot be read ({error}); fetch it again") from error
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except UnicodeDecodeError:
+        return json.loads(raw.decode("cp1252"))  # some files of ReasonSeg were written on Windows
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -122,6 +129,14 @@ def field(record: Any, key: str, where: str) -> Any:
     if key not in record:
         raise UserError(f"{where}: key '{key}' is missing (keys there: {', '.join(map(str, record))})")
     return record[key]
+
+
+def whole(record: Any, key: str, where: str, default: int | None = None) -> int:
+    """Return the whole number under ``key``; UserError when it is missing without a ``default``, or no number."""
+    value = default if default is not None and key not in record else field(record, key, where)
+    if not isinstance(value, int):
+        raise UserError(f"{where}: {key}: {value!r} must be a whole number; correct it")
+    return value
 
 
 def records(data: Any, key: str, where: str) -> list[Any]:

@@ -52,6 +52,19 @@ def read_image(path: Path | Image.Image, where: str) -> Image.Image:
         raise UserError(f"{where}: image {path} cannot be decoded ({error}); fetch the file again") from error
 
 
+def read_size(path: Path | Image.Image, where: str) -> Size:
+    """Return (H, W) of an image from its header, nothing decoded. Raises UserError, naming ``where``, without one."""
+    if isinstance(path, Image.Image):
+        return path.height, path.width
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: image {path} does not exist; check the recipe's image folder") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: image {path} cannot be decoded ({error}); fetch the file again") from error
+
+
 def llm_view(image: Image.Image, size: int, mode: LlmMode = "squash") -> np.ndarray:
     """The picture SigLIP reads: (3, size, size) float32 in [-1, 1], bicubic, equal to SiglipImageProcessor.
 

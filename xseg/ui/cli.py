@@ -197,5 +197,61 @@ def show_command(
     show(recipe, n, root, out, model, epoch, Console(highlight=False))
 
 
+@data.command("convert")
+def convert_command(
+    layout: Annotated[str, typer.Argument(help="coco, labelme, png-masks, lisa or sa2va.")],
+    source: Annotated[Path, typer.Argument(help="The annotations: a file or a folder.")],
+    out: Out,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, where they lie elsewhere.")] = None,
+) -> None:
+    """Write what you have as xseg's JSONL, one line a sample, with a recipe for it."""
+    from rich.console import Console
+
+    from xseg.ui.datatools import run_convert
+
+    run_convert(layout, source, out, images, Console(highlight=False))
+
+
+Instances = Annotated[Path, typer.Argument(help="A COCO instances JSON.")]
+Built = Annotated[Path, typer.Option("--out", help="File that is written.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed, other prompts.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")]
+
+
+@data.command("build-vgd")
+def build_vgd_command(instances: Instances, out: Built, seed: Seed = 0, workers: Workers = 1) -> None:
+    """Draw a point, a scribble, a box and a rough mask for every object: the COCO-VGD annotation."""
+    from rich.console import Console
+
+    from xseg.ui.datatools import run_build
+
+    run_build("vgd", instances, out, seed, workers, Console(highlight=False))
+
+
+@data.command("build-interactive")
+def build_interactive_command(instances: Instances, out: Built, seed: Seed = 0, workers: Workers = 1) -> None:
+    """Likewise for one object at a time: the COCO-interactive annotation in PSALM's layout."""
+    from rich.console import Console
+
+    from xseg.ui.datatools import run_build
+
+    run_build("interactive", instances, out, seed, workers, Console(highlight=False))
+
+
+@data.command("lint")
+def lint_command(
+    recipes: Annotated[list[str], typer.Argument(help="Data recipes and mixtures: paths, or names.")],
+    root: Root = Path("data"),
+    workers: Workers = 1,
+) -> None:
+    """Name every fault in the data of recipes, with file and record, and pictures both trained and scored on."""
+    from rich.console import Console
+
+    from xseg.ui.datatools import run_lint
+
+    if not run_lint(recipes, root, workers, Console(highlight=False)):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()

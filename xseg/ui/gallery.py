@@ -87,7 +87,7 @@ def truth(sample: Sample, rows: Collection[int] | None = None) -> list[Segment]:
     if sample.phrases:
         groups = [(p.text, [sample.instances[i].mask for i in p.instances]) for p in sample.phrases]
     else:
-        groups = [(names[i.category] if names else "", [i.mask]) for i in sample.instances]
+        groups = [(names[i.category] if names and i.category >= 0 else "", [i.mask]) for i in sample.instances]
     out = []
     for label, members in groups:
         parts = [rle.row_rle(sample.masks, row) for row in members if rows is None or row in rows]

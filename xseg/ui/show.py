@@ -9,7 +9,7 @@ from xseg.config import DataRecipe, ModelRecipe, load_recipe
 from xseg.data.dataset import Preparation, load_dataset
 from xseg.geometry.views import read_image
 from xseg.infer.processing import XSegProcessor
-from xseg.types import Formatted, Query
+from xseg.types import Formatted, Query, Segment
 from xseg.ui.draw import overlay
 from xseg.ui.gallery import truth
 
@@ -34,7 +34,8 @@ def show(recipe: str, n: int, root: Path, out: Path, model: str, epoch: int, con
             console.print(Text(_described(place, query), style="dim"))
         if sample.images:
             path = out / f"{sample.key.replace('/', '-')}.png"
-            overlay(read_image(sample.images[0], sample.key), truth(sample, _rows(formatted))).save(path)
+            drawn = [*truth(sample, _rows(formatted)), *_prompts(formatted)]
+            overlay(read_image(sample.images[0], sample.key), drawn).save(path)
             console.print(Text(str(path), style="dim"), soft_wrap=True)
 
 
@@ -45,6 +46,12 @@ def _described(place: int, query: Query) -> str:
     return (
         f"query {place}: {seg}, {rivals}, {count} target mask{'' if count == 1 else 's'}, negatives: {query.negatives}"
     )
+
+
+def _prompts(formatted: Formatted) -> list[Segment]:
+    """The prompts on the sample's own image, as segments labelled in the order of their ``<region>``."""
+    own = enumerate(formatted.prompts, start=1)
+    return [Segment(prompt.mask, label=f"region {number}") for number, prompt in own if prompt.image == 0]
 
 
 def _rows(formatted: Formatted) -> set[int]:

@@ -34,7 +34,8 @@ class Source:
     ) -> None:
         if (instances is None) == (panoptic_json is None):
             raise UserError("source coco: give exactly one of the options 'instances' and 'panoptic_json'")
-        self.prefix, self.images = f"{name}/{split}", data_path(root, images)
+        folder, pattern = images.rpartition("/")[::2] if "{" in images else (images, None)
+        self.prefix, self.images = f"{name}/{split}", data_path(root, folder)
         self.path = data_path(root, str(instances or panoptic_json))
         self.id_maps: Path | None = None
         if panoptic_json is not None:
@@ -43,7 +44,7 @@ class Source:
         self.categories: Categories | None = read_categories(data, str(self.path))
         self.index = category_index(self.categories)
         group = group_instances if self.id_maps is None else group_segments
-        grouped = group(data, self.index, str(self.path))
+        grouped = group(_named(data, pattern, str(self.path)), self.index, str(self.path))
         self.records: Packed[tuple[dict[str, Any], Any]] = Packed(_chosen(grouped, image_ids, str(self.path)))
 
     def __len__(self) -> int:
@@ -84,6 +85,20 @@ class Source:
         return Masks(size, id_map=id_map, ids=tuple(s["id"] for s in segments)), instances
 
 
+def _named(data: Any, pattern: str | None, where: str) -> Any:
+    """The file with image records named by ``pattern``, a Python format over their keys; None leaves it."""
+    if pattern is None:
+        return data
+    try:
+        images = [{**row, "file_name": pattern.format(**row)} for row in records(data, "images", where)]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{where}: images: {pattern!r} does not fit an image record ({error!r}); use keys of the records, for "
+            "example '{id:012d}.jpg'"
+        ) from error
+    return {**data, "images": images}
+
+
 def read_categories(data: Any, where: str) -> Categories:
     """The category list of a COCO file in its own order, names cleaned."""
     rows = records(data, "categories", where)
@@ -100,7 +115,7 @@ def clean_name(name: str) -> str:
     name = name.split(",")[0].strip()
     for suffix in ("-merged", "-other", "-stuff"):
         name = name.replace(suffix, "")
-    return name.replace("-", " ").lower()
+    return name.replace("-", " ").replace("_", " ").lower()
 
 
 def category_index(categories: Categories) -> dict[int, int]:

@@ -27,7 +27,7 @@ class Source:
         rows = read_records(self.path)
         if not isinstance(rows, list):
             raise UserError(f"{self.path}: expected a list of conversations, found a {type(rows).__name__}")
-        self.records = Packed(_record(row, f"{self.path}: conversation {i}") for i, row in enumerate(rows))
+        self.records = Packed(read_record(row, f"{self.path}: conversation {i}") for i, row in enumerate(rows))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -43,7 +43,8 @@ class Source:
         )
 
 
-def _record(row: Any, where: str) -> dict[str, Any]:
+def read_record(row: Any, where: str) -> dict[str, Any]:
+    """Files, turns and kind of one conversation; UserError for anything wrong with it."""
     turns = [_turn(turn, where) for turn in records(row, "conversations", where)]
     if turns and turns[0][0] == "assistant":
         turns = turns[1:]
