@@ -19,6 +19,7 @@ from xseg.data.collate import collate
 from xseg.data.dataset import Dataset, Preparation
 from xseg.encode import Encoder
 from xseg.geometry.views import ViewSizes
+from xseg.infer.baselines import blind_guess
 from xseg.infer.evaluate import predict
 from xseg.infer.predictor import Predictor
 from xseg.infer.processing import XSegProcessor
@@ -106,6 +107,20 @@ def test_evaluation_reaches_the_metrics_and_merges(name: str, encoder: Encoder, 
     scores = [s for metric in whole for s in metric.compute()]
     assert scores and all(s.n > 0 and s.protocol and 0 <= s.value <= 1000 for s in scores)
     assert len({s.metric for s in scores}) == len(scores), "one row per name"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_blind_guess_is_scored_by_the_same_metrics(name: str, encoder: Encoder) -> None:
+    task = load_task(TaskSpec(name=name))
+    data = dataset(task, encoder, train=False)
+    found = blind_guess(data)
+    assert found is not None and found[0].startswith("blind: ")
+    metrics = task.metrics()
+    for sample in (data.sample(i) for i in range(SAMPLES)):
+        for metric in metrics:
+            metric.update(found[1](sample), sample)
+    scores = [s for metric in metrics for s in metric.compute()]
+    assert scores and not any("oracle" in s.metric for s in scores), "who sees nothing has no other masks"
 
 
 class Answering:
