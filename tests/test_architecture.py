@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from xseg import config
-from xseg.tasks import SHARED
+from xseg.tasks import SHARED, load_task
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
@@ -128,25 +128,13 @@ def recipes(kind: type[config.Recipe], exclude: tuple[str, ...] = ()) -> list[Pa
     return [p for p in sorted(folder.rglob("*.yaml")) if not set(exclude) & set(p.relative_to(folder).parts)]
 
 
-COMING = {"open_vocab_seg", "reason_seg", "gcg_seg", "interactive_seg", "vgd_seg"} - set(TASK_NAMES)
-"""Tasks that recipes name already, and that are not there yet."""
-
-
-def resolve_task(task: config.TaskSpec) -> None:
-    from xseg.tasks import load_task
-
-    # "join" of refer_seg comes with those tasks
-    if task.name not in COMING and not (COMING and "join" in task.options):
-        load_task(task)
-
-
 @pytest.mark.parametrize("path", recipes(config.DataRecipe, ("mixtures",)), ids=rel)
 def test_data_recipes_resolve(path: Path) -> None:
     recipe = config.load_recipe(config.DataRecipe, str(path))
     source = importlib.import_module(f"xseg.data.sources.{recipe.source}").Source
     known = {n for n, p in inspect.signature(source).parameters.items() if p.kind == p.KEYWORD_ONLY}
     assert set(recipe.options) <= known, f"{rel(path)}: options {set(recipe.options) - known}"
-    resolve_task(recipe.task)
+    load_task(recipe.task)
     assert recipe.licence, f"{rel(path)}: name the licence"
 
 
@@ -164,7 +152,7 @@ def check_entries(entries: list) -> None:
     assert entries
     for entry in entries:
         recipe = config.load_recipe(config.DataRecipe, entry.recipe)
-        resolve_task(entry.task or recipe.task)
+        load_task(entry.task or recipe.task)
 
 
 @pytest.mark.parametrize("path", recipes(config.StageRecipe, ("models", "accelerate")), ids=rel)
