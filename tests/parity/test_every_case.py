@@ -61,7 +61,7 @@ def test_a_case_has_a_kind_and_a_test_runs_it(path: Path) -> None:
 
 
 def test_every_post_processed_result_is_compared() -> None:
-    groups = (post.PANOPTIC, post.SEMANTIC, post.BEST, post.CAPTION, post.INSTANCE, post.PROMPTED)
+    groups = (post.PANOPTIC, post.SEMANTIC, post.BEST, post.CAPTION, post.INSTANCE, post.POINTED)
     run = {id(case) for group in groups for case in group}
     assert not [f"{case[0]}: {case[1]} ({case[2]})" for case in post.CASES if id(case) not in run]
 
