@@ -20,9 +20,11 @@ photos: compiler $(READY)
 	$(BIN)/xseg report runs/real
 
 # The pretrained miniatures that train_stages/long starts from; every script resumes what was cut short.
+# Two processes of one thread each: at these sizes a second thread gains little.
+PAIR := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2
 parts: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/tiny_parts/phi.py --out examples/tiny_parts/phi
-	$(BIN)/python examples/tiny_parts/siglip.py --out examples/tiny_parts/siglip
+	$(PAIR) examples/tiny_parts/phi.py --out examples/tiny_parts/phi
+	$(PAIR) examples/tiny_parts/siglip.py --out examples/tiny_parts/siglip
 	$(BIN)/python examples/tiny_parts/sam.py --out examples/tiny_parts/sam
 
 # The shipped model, from those parts: what `xseg chat` opens.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, card, save, train
+from common import Plan, arguments, card, processes, save, train
 from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipTextConfig, SiglipTextModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -36,7 +36,7 @@ from xseg.data.shapeworld.world import (
 )
 
 SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 32, 4
-PLAN = Plan(steps=3000, lr=2e-3, seed=SEED, muon=1.0)
+PLAN = Plan(steps=10000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 VOCABULARIES = (SIZES, COLOURS, TEXTURES, SHAPES, SQUARES)
@@ -126,11 +126,12 @@ class Batches:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.rank, self.world = processes()
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch of one training step."""
+        """Return a process's share of the batch of one training step."""
         first = SPLITS["parts"][0] + step * PICTURES
-        return self.of(range(first, first + PICTURES))
+        return self.of(range(first + self.rank, first + PICTURES, self.world))
 
     def of(self, numbers: range) -> Batch:
         """Return pixels (I, 3, 96, 96) in [-1, 1], ids (T, 12), truth (I, T) and words (I, 36, W) of given scenes."""
@@ -190,7 +191,7 @@ def vision_config() -> SiglipVisionConfig:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """SigLIP's loss: log-sigmoid over all pairs, summed over captions or words, averaged over pictures or rows."""
+    """SigLIP's loss: log-sigmoid over all pairs, summed over captions, or rows and words, averaged over pictures."""
     pixels, ids, true, words = batch
     captions, rows = model(pixels, ids)
     return {
@@ -242,6 +243,8 @@ def main() -> None:
     plan = PLAN if given.steps is None else replace(PLAN, steps=given.steps)
     work = Path("runs/parts") / given.out.name
     trained = train(model, plan, batches, loss_of, Check(batches, 500), work)
+    if batches.rank:
+        return
     # the pooling head served the captions; what a language model reads lies before it
     kept = {n: v for n, v in trained.vision.state_dict().items() if not n.startswith("head.")}
     state = {f"vision_model.{name}": value for name, value in kept.items()}
