@@ -196,7 +196,7 @@ def loss_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     captions, rows = model(pixels, ids)
     return {
         "contrastive": _sigmoid(captions, true) / len(pixels),
-        "words": _sigmoid(rows, words) / words[..., 0].numel(),
+        "words": _sigmoid(rows, words) / len(pixels),
     }
 
 
