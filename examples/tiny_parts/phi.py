@@ -345,8 +345,8 @@ square of what an expression refers to, to answer questions and to describe.
 
 Made by `make parts`: @STEPS steps of {BATCH} boards, learning rate {PLAN.lr}, a moving average of the weights is kept.
 The first {LOOKS} steps are look-ups alone (which thing, which square), up to {LINES} short lines of every kind follow,
-then conversations, with lines every third step. The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data.
-Figures hold for ShapeWorld and nothing else.
+then conversations, with lines every third step. The weights are bf16 safetensors in
+transformers' layout. Apache-2.0, generated data. Figures hold for ShapeWorld and nothing else.
 
 ## What it can do
 
