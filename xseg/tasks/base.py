@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from xseg import postprocess
+from xseg.errors import UserError
 from xseg.geometry.masks import iou, row_rle, union
 from xseg.metrics import oracle
 from xseg.types import Sample, Segment, ViewGeometry
@@ -23,6 +24,15 @@ class Base:
     def view(self, sample: Sample) -> Sample:
         """Return the sample as this task asks for it and scores it; ``format``, ``decode`` and the metrics see that."""
         return sample
+
+
+def check_all_fit(sample: Sample, queries: Sequence[int], what: str, fix: str) -> None:
+    """Raise UserError when phrases fell to the length limit of the text: a score must not leave them out."""
+    if len(queries) != len(sample.phrases):
+        raise UserError(
+            f"{sample.key}: {len(queries)} of {len(sample.phrases)} {what} fit the text; raise max_tokens of the model "
+            f"recipe, or {fix}"
+        )
 
 
 def gap(

@@ -86,11 +86,7 @@ class Task(base.Base):
         self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
         """One segment per object; UserError when objects fell to the length limit of the text."""
-        if len(queries) != len(sample.phrases):
-            raise UserError(
-                f"{sample.key}: {len(queries)} of {len(sample.phrases)} prompts fit the text; raise max_tokens of the "
-                "model recipe, or use a source that gives one object per sample"
-            )
+        base.check_all_fit(sample, queries, "prompts", "use a source that gives one object per sample")
         segments: list[Segment] = []
         pairs: list[oracle.Pair] = []
         for row, phrase in zip(queries, sample.phrases, strict=True):

@@ -122,11 +122,7 @@ def masks_of_phrases(
     output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, options: dict[str, Any]
 ) -> Prediction:
     """One segment per phrase of a sample by ``postprocess.best`` with ``options``, and the oracle gap."""
-    if len(queries) != len(sample.phrases):
-        raise UserError(
-            f"{sample.key}: {len(queries)} of {len(sample.phrases)} phrases fit the text; raise max_tokens of the "
-            "model recipe, or let the source give fewer phrases per sample"
-        )
+    base.check_all_fit(sample, queries, "phrases", "let the source give fewer phrases per sample")
     segments: list[Segment] = []
     pairs: list[oracle.Pair] = []
     for row, phrase in zip(queries, sample.phrases, strict=True):
