@@ -1,7 +1,7 @@
 """What a language model could read off the encoders' rows: ``python bench/rows.py --model DIR --data DIR``.
 
 Probes on the frozen rows of SigLIP and of SAM, of each alone and of both, learn from ShapeWorld pictures which shape,
-colour, texture and size stand on a square and whether it holds a thing's centre. What a probe does not find, stage 2
+colour, texture and size stand on a square, whether it holds a thing's centre, and which of the 36 it then is. What a probe does not find, stage 2
 cannot align: its projectors are all that moves. Prints one row per probe, in percent of the held-out squares.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from xseg.data.shapeworld.board import MOST, board
+from xseg.data.shapeworld.board import MOST, SQUARES, board
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, split_scene
 from xseg.geometry.views import IMAGENET_MEAN, IMAGENET_STD
 from xseg.models import checkpoint
@@ -28,25 +28,26 @@ FIELDS = {
     "colour": (*COLOURS, ""),
     "texture": (*TEXTURES, ""),
     "centre": ("", *SIZES),
+    "name": ("", *SQUARES),
 }
-"""Field -> its values; "" = a bare square has no colour or texture, a square without a centre no size."""
+"""Field -> its values; "" = a bare square has no colour or texture, a square without a centre no size and no name."""
 SPLIT = [len(values) for values in FIELDS.values()]
 
 
 def truth(split: str, number: int) -> list[list[int]]:
-    """Return (36, 4) indices into the values of FIELDS."""
+    """Return (36, 5) indices into the values of FIELDS."""
     rows = []
     for words in board(split_scene(SEED, split, number, side=SIDE)):
         thing, centre = len(words) > 2, len(words) == MOST
         told = (words[2], words[1], words[0]) if thing else (words[0], "", "")
-        told = (*told, words[-1] if centre else "")
+        told = (*told, *(words[:-3:-1] if centre else ("", "")))
         rows.append([values.index(word) for values, word in zip(FIELDS.values(), told, strict=True)])
     return rows
 
 
 @torch.no_grad()
 def rows_of(model: XSegModel, folder: Path, split: str, count: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the rows (n * 36, C) of each encoder, and the truth (n * 36, 4), of the first pictures of a split."""
+    """Return the rows (n * 36, C) of each encoder, and the truth (n * 36, 5), of the first pictures of a split."""
     found: dict[str, list[Tensor]] = {"siglip": [], "sam": []}
     files = sorted((folder / split / "images").iterdir())[:count]
     for start in range(0, len(files), BATCH):
@@ -85,7 +86,7 @@ def figures(net: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
     right, centre = guess == labels, labels[:, 3] > 0
     bare = labels[:, 1] == len(COLOURS)
     found = {"shape": right[centre, 0], "colour": right[centre, 1], "texture": right[centre, 2]}
-    found |= {"size": right[centre, 3], "centre seen": guess[centre, 3] > 0, "no centre": guess[~centre, 3] == 0}
+    found |= {"size": right[centre, 3], "name": right[centre, 4], "centre seen": guess[centre, 3] > 0, "no centre": guess[~centre, 3] == 0}
     found["ground"] = right[bare, 0]
     return {name: round(100 * float(values.float().mean()), 1) for name, values in found.items()}
 

@@ -36,12 +36,13 @@ from xseg.data.shapeworld.world import (
 )
 
 SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 32, 4
-PLAN = Plan(steps=10000, lr=2e-3, seed=SEED, muon=1.0)
+PLAN = Plan(steps=7000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 VOCABULARIES = (SIZES, COLOURS, TEXTURES, SHAPES, SQUARES)
-WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, *GROUNDS, COVERED, BARE)
-"""What a row is held against; the names of squares are left out, as a row's place says them."""
+WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, *GROUNDS, COVERED, BARE, *SQUARES)
+"""What a row is held against. Without the names of squares, rows forget where they are, and a projector, which sees one
+row at a time, cannot tell a language model."""
 READ = -2
 """The hidden state that language models read, whose rows they are."""
 FIELDS = ("size", "colour", "texture", "shape")
@@ -271,8 +272,8 @@ for ShapeWorld and nothing else.
 ## What it can do
 
 Held-out scenes, in percent, of both towers together: how often the best of 50 pictures fits a caption, how often
-the best of about 280 captions fits a picture, and the average precision over all pairs; and how often a row names size,
-colour, texture and shape of the thing with its centre there, all at once, without any other word. The last row is the
+the best of about 280 captions fits a picture, and the average precision over all pairs; and how often a row names the
+size, colour, texture, shape and square of the thing with its centre there, all at once, without any other word. The last row is the
 weights in this folder; `metrics.jsonl` has the loss.
 
 """
