@@ -1,8 +1,9 @@
 """What a language model could read off the encoders' rows: ``python bench/rows.py --model DIR --data DIR``.
 
 Probes on the frozen rows of SigLIP and of SAM, of each alone and of both, learn from ShapeWorld pictures which shape,
-colour, texture and size stand on a square, whether it holds a thing's centre, and which of the 36 it then is. What a probe does not find, stage 2
-cannot align: its projectors are all that moves. Prints one row per probe, in percent of the held-out squares.
+colour, texture and size stand on a square, whether it holds a thing's centre, and which of the 36 squares it then is.
+What a probe does not find, stage 2 cannot align: its projectors are all that moves. Prints one row per probe, in
+percent of the held-out squares.
 """
 
 import argparse
@@ -86,7 +87,12 @@ def figures(net: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
     right, centre = guess == labels, labels[:, 3] > 0
     bare = labels[:, 1] == len(COLOURS)
     found = {"shape": right[centre, 0], "colour": right[centre, 1], "texture": right[centre, 2]}
-    found |= {"size": right[centre, 3], "name": right[centre, 4], "centre seen": guess[centre, 3] > 0, "no centre": guess[~centre, 3] == 0}
+    found |= {
+        "size": right[centre, 3],
+        "name": right[centre, 4],
+        "centre seen": guess[centre, 3] > 0,
+        "no centre": guess[~centre, 3] == 0,
+    }
     found["ground"] = right[bare, 0]
     return {name: round(100 * float(values.float().mean()), 1) for name, values in found.items()}
 

@@ -273,8 +273,8 @@ for ShapeWorld and nothing else.
 
 Held-out scenes, in percent, of both towers together: how often the best of 50 pictures fits a caption, how often
 the best of about 280 captions fits a picture, and the average precision over all pairs; and how often a row names the
-size, colour, texture, shape and square of the thing with its centre there, all at once, without any other word. The last row is the
-weights in this folder; `metrics.jsonl` has the loss.
+size, colour, texture, shape and square of the thing with its centre there, all at once, without any other word. The
+last row is the weights in this folder; `metrics.jsonl` has the loss.
 
 """
 
