@@ -187,6 +187,8 @@ class ModelRecipe(Recipe):
     """Image encoders whose rows the language model reads; what it does not see may still feed the mask decoder."""
     llm_rows: Literal["concatenated", "interleaved"] = "concatenated"
     """Order of those rows: SigLIP's, then SAM's (X-SAM), or both of a square together."""
+    llm_normed_rows: bool = False
+    """Normalise those rows before their projectors; X-SAM does not."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"
@@ -311,7 +313,11 @@ def parse_override(item: str) -> dict[str, Any]:
     dotted, equals, value = item.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {item}: write key.sub=value, for example --set steps=100")
-    out: Any = yaml.safe_load(value)
+    try:
+        out: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--set {item}: the value is no YAML ({reason}): mend it, or put it into a recipe") from error
     for part in reversed(dotted.split(".")):
         out = {part: out}
     return out  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ CANVAS, VIEW = 32, 16
 
 def config(
     *, parts: tuple[str, ...] = ("segmentor", "siglip", "llm"), language: str = "phi3",
-    llm_sees: list[str] | None = None, llm_rows: str = "concatenated", **segmentor: object,
+    llm_sees: list[str] | None = None, llm_rows: str = "concatenated",
+    llm_normed_rows: bool = False, **segmentor: object,
 ) -> XSegConfig:  # fmt: skip
     """Grid 4x4 of patch 8, residual stem, FPN unless told otherwise."""
     sam = {
@@ -41,6 +42,7 @@ def config(
         segmentor_config=decoder if "segmentor" in parts else None,
         llm_sees=llm_sees,
         llm_rows=llm_rows,
+        llm_normed_rows=llm_normed_rows,
         seg_token_id=SEG,
         p_open_token_id=OPEN,
         p_close_token_id=CLOSE,

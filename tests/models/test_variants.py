@@ -16,6 +16,7 @@ from xseg.models import checkpoint
 from xseg.models.build import build_config
 from xseg.models.configuration import XSegConfig
 from xseg.models.mask_decoder import Groups
+from xseg.models.projector import Projector
 
 torch.set_num_threads(1)
 SEGMENTORS = {
@@ -152,6 +153,20 @@ def test_interleaved_rows_are_the_same_rows_square_by_square() -> None:
     assert alone.encode_images(one.llm_pixels, one.mask_pixels).rows.shape[1] == 4
 
 
+@torch.no_grad()
+def test_normed_rows_do_not_depend_on_the_size_of_what_the_encoders_give() -> None:
+    plain, normed = Projector(6, 4), Projector(6, 4, normed=True)
+    normed.load_state_dict(plain.state_dict())  # the same tensors serve both
+    x = torch.randn(3, 6)
+    assert torch.allclose(normed(x), normed(30 * x + 2), atol=1e-4)
+    assert torch.equal(normed(x), plain(torch.nn.functional.layer_norm(x, (6,))))
+    one = batch([TALK])
+    rows = [
+        model(llm_normed_rows=on).eval().encode_images(one.llm_pixels, one.mask_pixels).rows for on in (True, False)
+    ]
+    assert not torch.allclose(*rows)
+
+
 def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
     made = model(llm_sees=["siglip"], connector="none", mask_decoder="sam").eval()
     checkpoint.save(made, tmp_path / "new")
@@ -165,6 +180,7 @@ def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
     del (
         stored["llm_sees"],
         stored["llm_rows"],
+        stored["llm_normed_rows"],
         stored["segmentor_config"]["connector"],
         stored["segmentor_config"]["mask_decoder"],
     )

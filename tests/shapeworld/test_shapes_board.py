@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from xseg.data.shapeworld.board import BARE, COVERED, MOST, SIDE, SQUARES, board, square
-from xseg.data.shapeworld.language import descriptions
+from xseg.data.shapeworld.board import BARE, COVERED, MOST, NOWHERE, SIDE, SQUARES, board, square
+from xseg.data.shapeworld.language import descriptions, expressions
+from xseg.data.shapeworld.questions import places
 from xseg.data.shapeworld.world import split_scene
 
 
@@ -37,6 +38,21 @@ def test_a_square_without_a_centre_shows_what_most_of_it_belongs_to():
                 looks = [*((name,) for name in scene.ground.names), *map(look, scene.things)]
                 assert words[:-1] == looks[owner - 1]
                 assert (words[-1] == COVERED) == (owner > len(scene.ground.names))
+
+
+def test_places_are_the_squares_of_what_is_asked_for():
+    seen = set()
+    for number, scene in enumerate(scenes()):
+        for expression, question in zip(
+            expressions(scene, np.random.default_rng(number), 5),
+            places(scene, np.random.default_rng(number), 5),
+            strict=True,
+        ):
+            said = question.answer.removeprefix("here ").removesuffix(".")
+            assert expression.text in question.text
+            assert said == (square(scene.things[expression.things[0]]) if expression.things else NOWHERE)
+            seen.add(said)
+    assert NOWHERE in seen and len(seen) > 20
 
 
 def test_descriptions_name_every_thing_in_the_order_they_promise():

@@ -99,8 +99,9 @@ def test_recipes_read_what_is_written(root: Path, name: str) -> None:
         if sample.masks is not None and len(sample.masks):
             assert dense(sample.masks).any(axis=(1, 2)).all()
         if recipe.source == "llava":
-            whole = {"shapes_talk": 12 if recipe.split == "train" else 2, "shapes_captions": 8}
-            assert len(sample.turns) == whole[recipe.options["name"]]
+            # six short answers and at most five places; equal expressions are asked once
+            whole = {"shapes_talk": range(14, 23) if recipe.split == "train" else (2,), "shapes_captions": (8,)}
+            assert len(sample.turns) in whole[recipe.options["name"]]
             assert sample.kind
 
 

@@ -43,6 +43,7 @@ def test_settings_may_be_given_in_any_number() -> None:
         (["batch_size=0"], "batch_size = 0"),
         (["trainable=[{match: '(', lr: 1}]"], "no regular expression"),
         (["init_from=[runs/nowhere/final]"], "run that one first"),
+        (["out=[a, b"], "the value is no YAML"),
         (["mixture=coco_s2"], "did you mean 'coco_s1'"),
     ],
 )

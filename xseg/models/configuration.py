@@ -88,6 +88,9 @@ class XSegConfig(PreTrainedConfig):
     llm_rows: str = "concatenated"
     """"concatenated" (SigLIP's rows, then SAM's: X-SAM) or "interleaved" (both rows of a square together; grids must
     agree). A small language model pairs neighbours long before it pairs rows that stand far apart."""
+    llm_normed_rows: bool = False
+    """Normalise the encoders' rows before their projectors; X-SAM does not. Hidden states from before a last norm
+    may be 20 times as long as words; a projector that learns from few pictures then spends them on the size."""
     sam_layer: int = -2
     """SAM hidden state that the language model reads."""
     siglip_layer: int = -2

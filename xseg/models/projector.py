@@ -5,15 +5,20 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Linear, exact GELU, Linear: (..., inputs) -> (..., outputs) (X-SAM section 3.2)."""
+    """Linear, exact GELU, Linear: (..., inputs) -> (..., outputs) (X-SAM section 3.2).
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    ``normed``: each row is brought to mean 0 and variance 1 first; no weights come with it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, normed: bool = False) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.normed = inputs, normed
         self.first, self.second = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
+        if self.normed:
+            x = F.layer_norm(x, (self.inputs,))
         return self.second(F.gelu(self.first(x)))
 
 

@@ -58,10 +58,12 @@ class XSegModel(PreTrainedModel):
         if config.text_config is not None:
             self.llm = llm.build_llm(config.text_config)
             if config.sees("siglip"):
-                self.siglip_projector = Projector(config.siglip_config.hidden_size, config.width)
+                self.siglip_projector = Projector(
+                    config.siglip_config.hidden_size, config.width, config.llm_normed_rows
+                )
             if config.sees("sam"):
                 cell = config.sam_config.hidden_size * config.sam_shuffle**2
-                self.sam_projector = Projector(cell, config.width)
+                self.sam_projector = Projector(cell, config.width, config.llm_normed_rows)
         decoder = config.segmentor_config
         if decoder is not None and decoder.head == "concepts":
             self.background = nn.Parameter(torch.zeros(1, decoder.width))

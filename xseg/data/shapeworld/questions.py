@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xseg.data.shapeworld.language import RELATIONS, Noun, Nouns, absent, article, choose, holds, naming, nouns_of
+from xseg.data.shapeworld.board import NOWHERE, square
+from xseg.data.shapeworld.language import (
+    RELATIONS,
+    Noun,
+    Nouns,
+    absent,
+    article,
+    choose,
+    expressions,
+    holds,
+    naming,
+    nouns_of,
+)
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, Scene, shapes_of
 
 COUNT_SHARES = (0.05, 0.12, 0.11, 0.23, 0.49)
@@ -42,6 +54,15 @@ def questions(
         if len(out) == before:
             break
     return list(out.values())
+
+
+def places(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
+    """Draw at most ``count`` questions for the square of what an expression means, as text."""
+    out = []
+    for found in expressions(scene, rng, count):
+        place = square(scene.things[found.things[0]]) if found.things else NOWHERE
+        out.append(Question("place", f"Where is {found.text}?", f"here {place}."))
+    return out
 
 
 def _ask(kind: str, scene: Scene, nouns: Nouns, rng: np.random.Generator) -> Question | None:

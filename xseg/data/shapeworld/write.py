@@ -6,7 +6,8 @@
     panoptic.json  panoptic/    COCO panoptic: one record per image, PNGs with id = R + 256 G + 65536 B
     instances.json              COCO instances: visible masks as compressed RLE
     refs.json                   RefCOCO's records; "ann_id" is [] where nothing is meant, a sentence has its "kind"
-    talk.json                   LLaVA conversations; "question_type" is that of the last question
+    talk.json                   LLaVA conversations; "question_type" is that of the last question. In training
+                                questions for places are among them, as in LLaVA's mixture
     captions.json               LLaVA conversations of descriptions, four an image
     shapeworld.json             what the folder was made from
 
@@ -26,17 +27,17 @@ from PIL import Image
 
 from xseg.data.shapeworld.draw import PAINT, draw
 from xseg.data.shapeworld.language import descriptions, expressions
-from xseg.data.shapeworld.questions import Question, questions
+from xseg.data.shapeworld.questions import Question, places, questions
 from xseg.data.shapeworld.world import GROUNDS, SPLITS, Policy, Scene, Variant, shapes_of, split_scene
 from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json, write_id_map
 from xseg.tokens import IMAGE
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same arguments give other files than before."""
 MARKER = "shapeworld.json"
-EXPRESSIONS, QUESTIONS = 6, 6
-"""Most expressions an image, and most questions in a training conversation."""
+EXPRESSIONS, QUESTIONS, PLACES = 6, 6, 5
+"""Most expressions an image; most questions with short answers, and for places, in a training conversation."""
 VAL_QUESTIONS = 3
 """Conversations, of one question each, for an image of a split that is not for training."""
 FIRST_GROUND = 101
@@ -259,7 +260,8 @@ def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generat
 
 def _write_talk(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
     if files.split == "train":
-        conversations = [questions(scene, rng, QUESTIONS)]
+        asked = [*questions(scene, rng, QUESTIONS), *places(scene, rng, PLACES)]
+        conversations = [[asked[i] for i in rng.permutation(len(asked))]]
     else:
         conversations = [[question] for question in questions(scene, rng, VAL_QUESTIONS)]
     for part, asked in enumerate(conversations):
