@@ -54,7 +54,7 @@ from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=6000, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
+PLAN = Plan(steps=7500, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
 LOOKS, LINES = 1000, 3500
 """Steps after which more is asked than look-ups, and after which lines become conversations."""
 MIXED = 3
@@ -92,21 +92,33 @@ def scene(number: int) -> Scene:
 
 
 def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
-    """Draw 16 look-ups: from words to a square, from a square to words, and to every square that some words fit."""
+    """Draw 16 look-ups: from words to a square, from a square to words, and to every square that some words fit.
+
+    Of a ground the first bare square is asked for. Whether there is any stays at chance all the same.
+    """
     nouns, out = nouns_of(world), Pairs()
     while len(out) < 16:
         thing = world.things[int(rng.integers(len(world.things)))]
-        way = rng.integers(4)
+        way = rng.integers(5)
         if way == 0:
             out.append((square(thing), _look(thing).text()))
         elif way == 1 and len(nouns[_look(thing)]) == 1:
             out.append((f"the {_look(thing).text()}", square(thing)))
         elif way == 2:
             out += _told(world, nouns, "attribute", rng)
+        elif way == 3:
+            out.append(bare(world, rng))
         else:
             noun, places = filtered(world, rng)
             out.append((f"every {noun}", places))
     return out
+
+
+def bare(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Draw a ground; return its name and its first bare square, or that it is nowhere."""
+    name = str(rng.choice(GROUNDS))
+    told = board(world)
+    return name, SQUARES[told.index((name, BARE))] if (name, BARE) in told else NOWHERE
 
 
 def _look(thing: Thing) -> Noun:
@@ -139,6 +151,7 @@ def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def everything(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw lines of every kind: look-ups, expressions and questions."""
     found = look_ups(world, rng)[:4] + [(e.text, _place(world, e.things)) for e in expressions(world, rng, 6)]
+    found += [bare(world, rng), bare(world, rng)]
     found += _asked(world, rng)
     return [found[i] for i in rng.permutation(len(found))]
 
