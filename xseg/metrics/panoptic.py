@@ -63,13 +63,7 @@ class PanopticQuality:
 def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (categories, 4) sums of one image: IoU of matches, TP, FP, FN."""
     assert sample.categories is not None
-    true_map = truth.segment_map(sample)
-    found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
-    if found_map.shape != true_map.shape:
-        raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
-    rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
-    joint = np.bincount((true_map.astype(np.int64) * columns + found_map).ravel(), minlength=rows * columns)
-    joint = joint.reshape(rows, columns)
+    joint = overlaps(prediction, sample)
     void, inter = joint[0, 1:], joint[1:, 1:]
     true_area, found_area = joint[1:].sum(axis=1), joint[:, 1:].sum(axis=0)
     true_class = np.array([i.category for i in sample.instances], np.int64)
@@ -89,3 +83,20 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     wrong = ~hit.any(axis=0) & (found_area > 0) & (ignored <= found_area / 2)
     np.add.at(out[:, FP], found_class[wrong], 1)
     return out
+
+
+def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
+    """Return (1 + instances, 1 + segments) int64 pixels that each pair shares; row and column 0 = void."""
+    by_id = sample.masks is not None and sample.masks.id_map is not None
+    true_map = sample.masks.id_map if by_id else truth.segment_map(sample)  # type: ignore[union-attr]
+    found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
+    if found_map.shape != true_map.shape:
+        raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
+    starts, lengths = truth.stretches(true_map, found_map)
+    true, found = true_map.ravel()[starts], found_map.ravel()[starts]
+    if by_id:
+        true = truth.numbered(sample, true)
+    rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
+    # counted as floats, which are exact far beyond the pixels of a picture
+    counts = np.bincount(true.astype(np.int64) * columns + found, lengths, rows * columns)
+    return counts.astype(np.int64).reshape(rows, columns)
