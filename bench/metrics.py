@@ -2,9 +2,9 @@
 
     python bench/metrics.py [--images N] [--pairs N]
 
-Pictures of 480 x 640 with 133 classes (80 things). AP: 7 things and 100 detections a picture, as many as
-COCO counts, for objects of 8 to 150 pixels in radius. PQ: 16 segments a picture, most of them found. The claim on AP is about the values
-alone; with their 95 % intervals by 1000 resamples, which pycocotools has not, it is a row of its own.
+Pictures of 480 x 640 with 133 classes (80 things). AP: 7 things and 100 detections a picture, as many as COCO counts,
+for objects of 8 to 150 pixels in radius. PQ: 16 segments a picture, most of them found. The claim on AP is about the
+values alone; with their 95 % intervals by 1000 resamples, which pycocotools has not, it is a row of its own.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import platform
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path

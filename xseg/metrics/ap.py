@@ -108,8 +108,8 @@ def _numbered(images: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _evaluated(truth_set: Any, detections: list[dict[str, Any]]) -> Any:
     evaluation = hotcoco.COCOeval(truth_set, truth_set.load_res(detections), "segm")
-    # AP and AP50 look at all sizes and the 100 surest detections alone; the other ten cells cost as much each, and every
-    # resample pays for them again
+    # AP and AP50 look at all sizes and the surest 100 detections alone; the other eleven cells cost as much each, and
+    # every resample pays for them again
     only = evaluation.params
     only.area_rng, only.area_rng_lbl, only.max_dets = [[0, 1e10]], ["all"], [DETECTIONS]
     evaluation.params = only

@@ -93,7 +93,7 @@ def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
     if found_map.shape != true_map.shape:
         raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
     starts, lengths = truth.stretches(true_map, found_map)
-    true, found = true_map.ravel()[starts], found_map.ravel()[starts]
+    true, found = true_map.ravel().take(starts), found_map.ravel().take(starts)
     if by_id:
         true = truth.numbered(sample, true)
     rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1

@@ -62,13 +62,13 @@ def segment_map(sample: Sample) -> np.ndarray:
             out[mask(masks, sample.instances[i].mask)] = i + 1
         return out
     starts, lengths = stretches(masks.id_map)
-    return np.repeat(numbered(sample, masks.id_map.ravel()[starts]), lengths).reshape(masks.size)
+    return np.repeat(numbered(sample, masks.id_map.ravel().take(starts)), lengths).reshape(masks.size)
 
 
 def numbered(sample: Sample, ids: np.ndarray) -> np.ndarray:
     """Return (n,) int32 for (n,) ids of the sample's id map: 1 + index of the instance, 0 = none has this id."""
     assert sample.masks is not None
-    own = np.array([sample.masks.ids[i.mask] for i in sample.instances], np.int64)
+    own = np.array([sample.masks.ids[i.mask] for i in sample.instances], ids.dtype)
     if not len(own):
         return np.zeros(ids.shape, np.int32)
     rank = np.argsort(own, kind="stable")

@@ -1,4 +1,5 @@
-"""J and F of objects in clips (Perazzi et al. 2016, the DAVIS benchmark; Pont-Tuset et al. 2017 for several objects)."""
+"""J and F of objects in clips (Perazzi et al. 2016, the DAVIS benchmark; Pont-Tuset et al. 2017 where there are
+several objects)."""
 
 import math
 from dataclasses import dataclass
@@ -70,7 +71,9 @@ class RegionAndOutline:
             j, f = (sums[..., k] / sums[..., 2] for k in (0, 1))
             return 100 * np.stack([j, f, mean_defined(np.stack([j, f], axis=-1))], axis=-1)
 
-        text = f"mean over the frames of each of {len(objects)} objects, then over objects; every annotated frame counts"
+        text = (
+            f"mean over the frames of each of {len(objects)} objects, then over objects; every annotated frame counts"
+        )
         values = zip(PROTOCOL.items(), values_with_intervals(counts, fold), strict=True)
         return [Score(name, value, len(self.frames), f"{what}; {text}", ci) for (name, what), (value, ci) in values]
 
