@@ -70,18 +70,20 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     crowd = np.array([i.is_crowd for i in sample.instances], bool)
     found_class = np.array([s.category for s in prediction.segments], np.int64)
 
-    same = true_class[:, None] == found_class[None]
-    iou = ratio(inter.astype(float), true_area[:, None] + found_area - inter - void)
-    hit = same & ~crowd[:, None] & (np.nan_to_num(iou) > 0.5)
-    out = np.zeros((len(sample.categories.names), 4))
-    true_hit, found_hit = np.nonzero(hit)
-    np.add.at(out[:, IOU], true_class[true_hit], iou[true_hit, found_hit])
-    np.add.at(out[:, TP], true_class[true_hit], 1)
-    missed = ~hit.any(axis=1) & ~crowd & (true_area > 0)
-    np.add.at(out[:, FN], true_class[missed], 1)
-    ignored = void + np.where(same & crowd[:, None], inter, 0).sum(axis=0)
-    wrong = ~hit.any(axis=0) & (found_area > 0) & (ignored <= found_area / 2)
-    np.add.at(out[:, FP], found_class[wrong], 1)
+    same = true_class[:, None] == found_class
+    union = true_area[:, None] + found_area - inter - void
+    true_hit, found_hit = np.nonzero((2 * inter > union) & same & ~crowd[:, None])
+    missed = ~crowd & (true_area > 0)
+    missed[true_hit] = False
+    ignored = void + (inter * (same & crowd[:, None])).sum(axis=0)
+    wrong = (found_area > 0) & (2 * ignored <= found_area)
+    wrong[found_hit] = False
+    hits, classes = true_class[true_hit], len(sample.categories.names)
+    out = np.empty((classes, 4))
+    out[:, IOU] = np.bincount(hits, inter[true_hit, found_hit] / union[true_hit, found_hit], classes)
+    out[:, TP] = np.bincount(hits, minlength=classes)
+    out[:, FP] = np.bincount(found_class[wrong], minlength=classes)
+    out[:, FN] = np.bincount(true_class[missed], minlength=classes)
     return out
 
 
