@@ -74,18 +74,19 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     speed: list[dict[str, Any]] = []
     fits = False
     with _samples_file(run) as lines:
-        for row in suite.rows:
+        for number, row in enumerate(suite.rows):
             dataset = run.ranks.agreed(lambda row=row: open_row(predictor, row, run.data_root))  # type: ignore[misc]
             if dataset is None:
                 run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
                 continue
             fits = True
+            place = {"dataset": row.recipe, "row": number, "task": dataset.task.name}
             part = run.ranks.agreed(
-                lambda row=row, dataset=dataset: _score_stretch(predictor, row, dataset, run, lines)  # type: ignore[misc]
+                lambda place=place, dataset=dataset: _score_stretch(predictor, place, dataset, run, lines)  # type: ignore[misc]
             )
             parts = run.ranks.gathered(part)
             if parts is not None:
-                rows += _merged(predictor, row, dataset, parts, run, lines)
+                rows += _merged(predictor, row, number, dataset, parts, run, lines)
                 count, seconds = sum(p.samples for p in parts), max(p.seconds for p in parts)
                 speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
         if not fits:
@@ -225,7 +226,9 @@ def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:
     return [s.images[0].geometry if s.images else ViewGeometry((0, 0), (0, 0), 0) for s in encoded]
 
 
-def _score_stretch(predictor: Predictor, row: SuiteRow, dataset: Dataset, run: Evaluation, lines: TextIO) -> _Part:
+def _score_stretch(
+    predictor: Predictor, place: dict[str, Any], dataset: Dataset, run: Evaluation, lines: TextIO
+) -> _Part:
     """Score this process's batches of a row, which are those of a process that is alone.
 
     The lines of rank 0 are the first ones: they go to ``lines`` at once, those of the others to rank 0.
@@ -243,21 +246,29 @@ def _score_stretch(predictor: Predictor, row: SuiteRow, dataset: Dataset, run: E
             for metric in part.metrics:
                 metric.update(prediction, sample)
                 scores |= metric.per_sample(prediction, sample)
-            place = {"dataset": row.recipe, "index": index, "task": dataset.task.name}
-            line = json.dumps({"key": sample.key, **place, **record(prediction, scores)}) + "\n"
+            line = json.dumps({"key": sample.key, **place, "index": index, **record(prediction, scores)}) + "\n"
             if run.ranks.first:
                 lines.write(line)
             else:
                 part.lines.append(line)
         part.samples += len(pairs)
-        run.progress(row.recipe, part.samples, total, part.seconds)
+        run.progress(place["dataset"], part.samples, total, part.seconds)
     return part
 
 
 def _merged(
-    predictor: Predictor, row: SuiteRow, dataset: Dataset, parts: Sequence[_Part], run: Evaluation, lines: TextIO
+    predictor: Predictor,
+    row: SuiteRow,
+    number: int,
+    dataset: Dataset,
+    parts: Sequence[_Part],
+    run: Evaluation,
+    lines: TextIO,
 ) -> list[dict[str, Any]]:
-    """Rows of the table, with the blind baseline, from what all processes found; their lines go to ``lines``."""
+    """Rows of the table, with the blind baseline, from what all processes found; their lines go to ``lines``.
+
+    ``number`` is the place of ``row`` in the suite: one data set may stand in it with several options of its task.
+    """
     metrics = parts[0].metrics
     for part in parts[1:]:
         lines.writelines(part.lines)
@@ -265,7 +276,8 @@ def _merged(
             mine += other
     for note in (note for metric in metrics for note in getattr(metric, "notes", list)()):
         run.note(f"{row.recipe}: {note}")
-    head = {"task": dataset.task.name, "dataset": row.recipe, "split": load_recipe(DataRecipe, row.recipe).split}
+    split = load_recipe(DataRecipe, row.recipe).split
+    head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
     table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]
     return table + (_blind_rows(dataset, head, row) if run.blind else [])

@@ -79,7 +79,10 @@ class PhraseIoU:
         if self.unit == "object":
             # the literature's name for it where objects are pointed at; that an object is there goes without saying
             kept = [s for s in scores if not s.metric.endswith("-acc")]
-            words = [(s.metric.replace("gIoU", "mIoU"), s.protocol.replace("sentences", "objects")) for s in kept]
+            note = f"; {self.note}" if self.note else ""
+            words = [
+                (s.metric.replace("gIoU", "mIoU"), s.protocol.replace("sentences", "objects") + note) for s in kept
+            ]
             return [dataclasses.replace(s, metric=m, protocol=p) for s, (m, p) in zip(kept, words, strict=True)]
         note = "" if self.unit == "sentence" else "; a sentence here is a reference with all its sentences merged"
         note += f"; {self.note}" if self.note else ""

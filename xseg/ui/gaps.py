@@ -59,11 +59,11 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Group]]:
 
 def section(results: Mapping[str, Any]) -> str:
     """The HTML of all data sets of an evaluation whose tasks report the gap; "" without any."""
-    by_set: dict[str, list[Mapping[str, Any]]] = {}
+    by_set: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in results["rows"]:
         if str(row["metric"]).partition(":")[0] in (ORACLE, CHOSEN, GAP):
-            by_set.setdefault(row["dataset"], []).append(row)
-    panels = [_panel(dataset, groups(rows)) for dataset, rows in by_set.items()]
+            by_set.setdefault((row["dataset"], row.get("row", 0)), []).append(row)
+    panels = [_panel(dataset, groups(rows)) for (dataset, _), rows in by_set.items()]
     if not panels:
         return ""
     legend = '<span class="split key"><i></i></span> given out <span class="split key"><b></b></span> best of all masks'

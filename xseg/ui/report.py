@@ -166,8 +166,9 @@ def _page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def _row_key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["task"], row["dataset"], row["metric"]
+def _row_key(row: dict[str, Any]) -> tuple[str, str, str, int | None]:
+    """What a row and its blind baseline share; one data set may be scored several times, by options of its task."""
+    return row["task"], row["dataset"], row["metric"], row.get("row")
 
 
 def _shown(place: Path) -> str:

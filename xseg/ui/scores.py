@@ -61,12 +61,12 @@ def table(results: dict[str, Any]) -> Table:
             out.add_column(name, overflow="fold")
         else:
             out.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "95 %" else 4)
-    blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
+    blind = {(r["row"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
     last = None
     for row in results["rows"]:
         if row["protocol"].startswith("blind"):
             continue
-        base = blind.get((row["dataset"], row["metric"]))
+        base = blind.get((row["row"], row["metric"]))
         if last not in (None, row["dataset"]):
             out.add_section()
         out.add_row(
