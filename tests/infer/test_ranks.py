@@ -61,7 +61,7 @@ def launched(processes: int, model: Path, root: Path, suite: Path, out: Path) ->
     words = ["eval", "--model", model, "--suite", suite, "--root", root, "--out", out, "--batch-size", "2"]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "xseg.ui.cli", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

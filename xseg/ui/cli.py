@@ -36,10 +36,12 @@ def main() -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"xseg: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all processes as soon as one has ended: leave rank 0 the time to speak.
-            time.sleep(3)
-        sys.exit(2)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            sys.exit(2)
+        # The launcher ends all processes as soon as one has ended: leave rank 0 the time to speak. And not by way of
+        # the destructors, which wait for threads of gloo's that wait for the others.
+        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
+        os._exit(2)
     except KeyboardInterrupt:
         print("xseg: interrupted", file=sys.stderr)
         sys.exit(130)

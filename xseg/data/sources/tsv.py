@@ -57,7 +57,7 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         row, where = self.records[index], f"{self.path}: row {index % len(self) + 1}"
-        answer = str(field(row, "answer", where)).strip()
+        answer = row.get("answer", "").strip()
         if not answer:
             raise UserError(f"{where} (index {row['index']}): no answer; splits without answers cannot be scored here")
         options = [(letter, row[letter]) for letter in LETTERS if row.get(letter)]
