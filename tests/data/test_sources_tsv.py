@@ -144,8 +144,8 @@ def test_lint_reads_tables_and_their_checksums(tmp_path: Path) -> None:
 
     [good, unknown, wrong], _ = lint(
         {
-            "good": recipe(md5={"t.tsv": stated.upper()}, count=3),
-            "unknown": recipe(),
+            "good": recipe(md5={"t.tsv": stated.upper()}, count=3, download="somewhere"),
+            "unknown": recipe(download="somewhere"),
             "wrong": recipe(md5={"t.tsv": "0" * 32}, sha256={"lost.tsv": "0" * 64}, count=4),
         },
         tmp_path,
