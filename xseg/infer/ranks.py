@@ -55,9 +55,9 @@ class Ranks:
             trouble = error
         everywhere: list[UserError | None] = [None] * self.world
         dist.all_gather_object(everywhere, trouble)
-        for error in everywhere:
-            if error is not None:
-                raise error
+        for told in everywhere:
+            if told is not None:
+                raise told
         return found[0]
 
     def gathered(self, value: T) -> list[T] | None:

@@ -89,14 +89,14 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
 
 def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (1 + instances, 1 + segments) int64 pixels that each pair shares; row and column 0 = void."""
-    by_id = sample.masks is not None and sample.masks.id_map is not None
-    true_map = sample.masks.id_map if by_id else truth.segment_map(sample)  # type: ignore[union-attr]
+    id_map = None if sample.masks is None else sample.masks.id_map
+    true_map = truth.segment_map(sample) if id_map is None else id_map
     found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
     if found_map.shape != true_map.shape:
         raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
     starts, lengths = truth.stretches(true_map, found_map)
     true, found = true_map.ravel().take(starts), found_map.ravel().take(starts)
-    if by_id:
+    if id_map is not None:
         true = truth.numbered(sample, true)
     rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
     # counted as floats, which are exact far beyond the pixels of a picture
