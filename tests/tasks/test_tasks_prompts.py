@@ -105,6 +105,22 @@ def test_of_equally_sure_masks_the_one_whose_box_fits_the_prompt_is_chosen() -> 
         task.decode(output, [0], sample, geometry_of(sample))
 
 
+def test_frames_of_clips_are_scored_by_j_and_f_too() -> None:
+    task = interactive_seg.Task(frames=True)
+    sample = dataclasses.replace(task.view(task.example()), kind="clip")
+    formatted = task.format(sample, np.random.default_rng(0), train=False)
+    prediction = task.decode(
+        perfect_output(sample, formatted), range(len(formatted.queries)), sample, geometry_of(sample)
+    )
+    found = {}
+    for metric in task.metrics():
+        metric.update(prediction, sample)
+        found |= {score.metric: score for score in metric.compute()}
+    assert [found[name].value for name in ("J", "F", "J&F")] == [100, 100, 100]
+    assert found["J"].n == 2 and "2 objects" in found["J&F"].protocol
+    assert not any(isinstance(metric, RegionAndOutline) for metric in interactive_seg.Task().metrics())
+
+
 def test_scores_are_given_per_kind_of_prompt() -> None:
     task, sample = pointed()
     sample = dataclasses.replace(
@@ -217,19 +233,3 @@ def _one(mask: np.ndarray) -> Sample:
 
     masks = Masks((60, 60), id_map=mask.astype(np.int32), ids=(1,))
     return Sample("one", (), (60, 60), masks, (Instance(0, -1),))
-
-
-def test_frames_of_clips_are_scored_by_j_and_f_too() -> None:
-    task = interactive_seg.Task(frames=True)
-    sample = dataclasses.replace(task.view(task.example()), kind="clip")
-    formatted = task.format(sample, np.random.default_rng(0), train=False)
-    prediction = task.decode(
-        perfect_output(sample, formatted), range(len(formatted.queries)), sample, geometry_of(sample)
-    )
-    found = {}
-    for metric in task.metrics():
-        metric.update(prediction, sample)
-        found |= {score.metric: score for score in metric.compute()}
-    assert [found[name].value for name in ("J", "F", "J&F")] == [100, 100, 100]
-    assert found["J"].n == 2 and "2 objects" in found["J&F"].protocol
-    assert not any(isinstance(metric, RegionAndOutline) for metric in interactive_seg.Task().metrics())

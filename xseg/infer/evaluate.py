@@ -70,10 +70,11 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     writes, and all return the same. A model without a language part (stage 1) is scored by its own label list on rows
     whose task has one; rows that need what the model lacks are skipped and named. UserError when no row is left.
     """
+    partial = run.out / "samples.jsonl.partial"
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
     fits = False
-    with _samples_file(run) as lines:
+    with _samples_file(run, partial) as lines:
         for number, row in enumerate(suite.rows):
             dataset = run.ranks.agreed(lambda row=row: open_row(predictor, row, run.data_root))  # type: ignore[misc]
             if dataset is None:
@@ -91,22 +92,23 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
                 speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
         if not fits:
             raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
+    if not run.ranks.first:
+        return run.ranks.tell({})
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
-    results = run.ranks.tell({**head, "rows": rows, "speed": speed})
-    if run.ranks.first:
-        write_json(run.out / "results.json", results)
-    return results
+    results = {**head, "rows": rows, "speed": speed}
+    os.replace(partial, run.out / "samples.jsonl")
+    write_json(run.out / "results.json", results)
+    return run.ranks.tell(results)
 
 
 @contextmanager
-def _samples_file(run: Evaluation) -> Iterator[TextIO]:
-    """samples.jsonl, which appears complete or not at all; what other ranks than 0 write goes nowhere."""
+def _samples_file(run: Evaluation, partial: Path) -> Iterator[TextIO]:
+    """The file of the samples under its temporary name, gone after an error; what other ranks write goes nowhere."""
     if not run.ranks.first:
         with open(os.devnull, "w", encoding="utf8") as nothing:
             yield nothing
         return
     run.out.mkdir(parents=True, exist_ok=True)
-    partial = run.out / "samples.jsonl.partial"
     try:
         with partial.open("w", encoding="utf8") as lines:
             yield lines
@@ -115,7 +117,6 @@ def _samples_file(run: Evaluation) -> Iterator[TextIO]:
         if not any(run.out.iterdir()):
             run.out.rmdir()
         raise
-    os.replace(partial, run.out / "samples.jsonl")
 
 
 def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Dataset | None:

@@ -45,13 +45,13 @@ class Task(base.Base):
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of prompt, drawn for each object anew. Evaluation draws by the sample's key, so that the prompts are fixed;
     a published row has one kind."""
+    frames: bool = False
+    """Samples are frames of clips, each with its own prompts: J and F of every object are scored too (DAVIS)."""
     max_objects: int = 8
     """Training: of a sample with more objects, this many are drawn."""
     score_threshold: float = 0.5
     """Decoder queries at least this sure of the prompt are candidates; the box nearest to the prompt's wins."""
     mask_threshold: float = 0.5
-    frames: bool = False
-    """Samples are frames of clips, each with its own prompts: J and F of every object are scored too (DAVIS)."""
 
     name: ClassVar[str] = "interactive_seg"
 
