@@ -101,24 +101,6 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     return run.ranks.tell(results)
 
 
-@contextmanager
-def _samples_file(run: Evaluation, partial: Path) -> Iterator[TextIO]:
-    """The file of the samples under its temporary name, gone after an error; what other ranks write goes nowhere."""
-    if not run.ranks.first:
-        with open(os.devnull, "w", encoding="utf8") as nothing:
-            yield nothing
-        return
-    run.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("w", encoding="utf8") as lines:
-            yield lines
-    except BaseException:
-        partial.unlink()
-        if not any(run.out.iterdir()):
-            run.out.rmdir()
-        raise
-
-
 def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Dataset | None:
     """The data set of a row, as a model is scored on it; None where its task needs what the model lacks.
 
@@ -225,6 +207,24 @@ def _slices(encoded: Sequence[Encoded]) -> list[list[int]]:
 
 def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:
     return [s.images[0].geometry if s.images else ViewGeometry((0, 0), (0, 0), 0) for s in encoded]
+
+
+@contextmanager
+def _samples_file(run: Evaluation, partial: Path) -> Iterator[TextIO]:
+    """The file of the samples under its temporary name, gone after an error; what other ranks write goes nowhere."""
+    if not run.ranks.first:
+        with open(os.devnull, "w", encoding="utf8") as nothing:
+            yield nothing
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("w", encoding="utf8") as lines:
+            yield lines
+    except BaseException:
+        partial.unlink()
+        if not any(run.out.iterdir()):
+            run.out.rmdir()
+        raise
 
 
 def _score_stretch(
