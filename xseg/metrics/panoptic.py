@@ -64,27 +64,31 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (categories, 4) sums of one image: IoU of matches, TP, FP, FN."""
     assert sample.categories is not None
     joint = overlaps(prediction, sample)
-    void, inter = joint[0, 1:], joint[1:, 1:]
-    true_area, found_area = joint[1:].sum(axis=1), joint[:, 1:].sum(axis=0)
-    true_class = np.array([i.category for i in sample.instances], np.int64)
-    crowd = np.array([i.is_crowd for i in sample.instances], bool)
-    found_class = np.array([s.category for s in prediction.segments], np.int64)
-
-    same = true_class[:, None] == found_class
-    union = true_area[:, None] + found_area - inter - void
-    true_hit, found_hit = np.nonzero((2 * inter > union) & same & ~crowd[:, None])
-    missed = ~crowd & (true_area > 0)
-    missed[true_hit] = False
-    ignored = void + (inter * (same & crowd[:, None])).sum(axis=0)
-    wrong = (found_area > 0) & (2 * ignored <= found_area)
-    wrong[found_hit] = False
-    hits, classes = true_class[true_hit], len(sample.categories.names)
-    out = np.empty((classes, 4))
-    out[:, IOU] = np.bincount(hits, inter[true_hit, found_hit] / union[true_hit, found_hit], classes)
-    out[:, TP] = np.bincount(hits, minlength=classes)
-    out[:, FP] = np.bincount(found_class[wrong], minlength=classes)
-    out[:, FN] = np.bincount(true_class[missed], minlength=classes)
-    return out
+    true_area, found_area, void = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist(), joint[0].tolist()
+    rows, columns = np.nonzero(joint[1:, 1:])
+    sums = [[0.0, 0, 0, 0] for _ in sample.categories.names]
+    ignored, true_hits, found_hits = list(void), set(), set()
+    # few of the pairs share a pixel, and fewer a category
+    for a, b, inter in zip(rows.tolist(), columns.tolist(), joint[rows + 1, columns + 1].tolist(), strict=True):
+        true, category = sample.instances[a], prediction.segments[b].category
+        if true.category != category:
+            continue
+        if true.is_crowd:
+            ignored[b + 1] += inter
+            continue
+        union = true_area[a + 1] + found_area[b + 1] - inter - void[b + 1]
+        if 2 * inter > union:
+            sums[category][IOU] += inter / union
+            sums[category][TP] += 1
+            true_hits.add(a)
+            found_hits.add(b)
+    for a, true in enumerate(sample.instances):
+        if true_area[a + 1] and not true.is_crowd and a not in true_hits:
+            sums[true.category][FN] += 1
+    for b, found in enumerate(prediction.segments):
+        if found_area[b + 1] and b not in found_hits and 2 * ignored[b + 1] <= found_area[b + 1]:
+            sums[found.category][FP] += 1
+    return np.array(sums)
 
 
 def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
