@@ -11,12 +11,16 @@ demo: compiler $(READY)
 overfit: compiler $(READY)
 	$(BIN)/xseg demo --recipe overfit --out runs/overfit
 
-# Photographs by heart; DATA is the folder that the paths in data_recipes/photos start from.
+# Photographs by heart; DATA is the folder that examples/photos.py speaks of.
 LAUNCH := $(BIN)/accelerate launch --config_file train_stages/accelerate/zero2.yaml -m xseg.train
+PHOTOS := runs/real/data
 photos: compiler $(READY)
-	$(LAUNCH) train_stages/real/s1_segmentor.yaml --set data_root=$(DATA) --resume auto
-	$(LAUNCH) train_stages/real/s3_mixed.yaml --set data_root=$(DATA) --resume auto
-	$(BIN)/xseg eval --model runs/real/s3/final --suite real --root $(DATA) --out runs/real/s3/eval
+	$(BIN)/python examples/photos.py $(DATA) --out $(PHOTOS)
+	$(LAUNCH) train_stages/real/s1_segmentor.yaml --set data_root=$(PHOTOS) --resume auto
+	$(LAUNCH) train_stages/real/s3_mixed.yaml --set data_root=$(PHOTOS) --resume auto
+	$(BIN)/xseg eval --model runs/real/s3/final --suite real --root $(PHOTOS) --out runs/real/s3/eval
+	$(LAUNCH) train_stages/real/s3_tasks.yaml --set data_root=$(PHOTOS) --resume auto
+	$(BIN)/xseg eval --model runs/real/s3_tasks/final --suite real_tasks --root $(PHOTOS) --out runs/real/s3_tasks/eval
 	$(BIN)/xseg report runs/real
 
 # The pretrained miniatures that train_stages/long starts from; every script resumes what was cut short.
@@ -44,6 +48,7 @@ test-all: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/criterion.py
 	$(BIN)/python bench/data_path.py
+	$(BIN)/python bench/metrics.py
 	$(BIN)/python bench/postprocess.py
 
 $(READY): pyproject.toml constraints.txt

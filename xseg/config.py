@@ -51,6 +51,9 @@ class DataRecipe(Recipe):
     count: int | None = None
     """Expected number of samples; a different number is an error."""
     sha256: dict[str, str] = {}
+    """Checksums of annotation files, by their paths in ``options``; another version is an error."""
+    md5: dict[str, str] = {}
+    """Likewise, where those who published the file give its MD5."""
 
 
 class MixtureEntry(Recipe):

@@ -137,6 +137,13 @@ def test_meteor_is_asked_of_its_own_program(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [({0: ["red dog"], 1: ["blue cat"]}, {0: ["red cat"], 1: ["blue cat"]})]
 
 
+def test_meteor_where_it_is_at_hand() -> None:
+    if missing := captions.missing_for_meteor():
+        pytest.skip(f"METEOR needs {missing}")
+    whole, each = captions.meteor(["a red dog on the grass", "two blue birds"], ["a red dog on the grass", "no match"])
+    assert each == pytest.approx([1, 0], abs=1e-6) and 0.5 < whole < 1
+
+
 def test_merge() -> None:
     whole, left, right = GroundedCaption(), GroundedCaption(), GroundedCaption()
     for k in range(4):

@@ -13,6 +13,7 @@ from xseg.errors import UserError
 from xseg.geometry import prompts, strokes
 from xseg.geometry.masks import area, decode, iou, row_rle
 from xseg.metrics import truth
+from xseg.metrics.video import RegionAndOutline
 from xseg.tasks import interactive_seg, vgd_seg
 from xseg.types import Instance, ModelOutput, Sample
 
@@ -102,6 +103,22 @@ def test_of_equally_sure_masks_the_one_whose_box_fits_the_prompt_is_chosen() -> 
     assert gaps["selection gap"] == pytest.approx(100 - 100 * (36 + 80) / 384 / 2)
     with pytest.raises(UserError, match="1 of 2 prompts"):
         task.decode(output, [0], sample, geometry_of(sample))
+
+
+def test_frames_of_clips_are_scored_by_j_and_f_too() -> None:
+    task = interactive_seg.Task(frames=True)
+    sample = dataclasses.replace(task.view(task.example()), kind="clip")
+    formatted = task.format(sample, np.random.default_rng(0), train=False)
+    prediction = task.decode(
+        perfect_output(sample, formatted), range(len(formatted.queries)), sample, geometry_of(sample)
+    )
+    found = {}
+    for metric in task.metrics():
+        metric.update(prediction, sample)
+        found |= {score.metric: score for score in metric.compute()}
+    assert [found[name].value for name in ("J", "F", "J&F")] == [100, 100, 100]
+    assert found["J"].n == 2 and "2 objects" in found["J&F"].protocol
+    assert not any(isinstance(metric, RegionAndOutline) for metric in interactive_seg.Task().metrics())
 
 
 def test_scores_are_given_per_kind_of_prompt() -> None:

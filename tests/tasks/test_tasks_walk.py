@@ -14,7 +14,7 @@ from PIL import Image
 from small_models import LLM, SAM, SEGMENTOR, SIGLIP
 
 import xseg.tasks
-from xseg.config import LossWeights, TaskSpec
+from xseg.config import DataRecipe, LossWeights, Suite, TaskSpec, find, load_recipe
 from xseg.data.collate import collate
 from xseg.data.dataset import Dataset, Preparation
 from xseg.encode import Encoder
@@ -109,12 +109,22 @@ def test_evaluation_reaches_the_metrics_and_merges(name: str, encoder: Encoder, 
     assert len({s.metric for s in scores}) == len(scores), "one row per name"
 
 
+def scored() -> set[str]:
+    """The tasks of all shipped suites."""
+    suites = [load_recipe(Suite, path.stem) for path in find("eval/suites", ".").glob("*.yaml")]
+    rows = [row for suite in suites for row in suite.rows]
+    return {(row.task or load_recipe(DataRecipe, row.recipe).task).name for row in rows}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_blind_guess_is_scored_by_the_same_metrics(name: str, encoder: Encoder) -> None:
     task = load_task(TaskSpec(name=name))
     data = dataset(task, encoder, train=False)
     found = blind_guess(data)
-    assert found is not None and found[0].startswith("blind: ")
+    if found is None:
+        assert name not in scored(), f"a shipped suite scores {name}: it needs a baseline in xseg/infer/baselines.py"
+        pytest.skip("no blind baseline")
+    assert found[0].startswith("blind: ")
     metrics = task.metrics()
     for sample in (data.sample(i) for i in range(SAMPLES)):
         for metric in metrics:

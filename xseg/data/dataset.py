@@ -1,6 +1,5 @@
 """A data set ready for training or evaluation: source + task + encoder + views, as a pure function of an index."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from xseg.config import DataRecipe, TaskSpec, data_path
+from xseg.config import DataRecipe, TaskSpec
+from xseg.data import checksums
 from xseg.data.sources import Source, load_source
 from xseg.encode import Encoder, surviving
 from xseg.errors import UserError
@@ -98,8 +98,7 @@ def load_dataset(
 
     Raises UserError when a checksum or the number of samples differs from what the recipe states.
     """
-    for name, expected in recipe.sha256.items():
-        _check_sum(data_path(root, name), expected)
+    checksums.check(recipe, root)
     source = load_source(recipe.source, root, recipe.split, recipe.options)
     if recipe.count is not None and recipe.count != len(source):
         raise UserError(
@@ -107,15 +106,6 @@ def load_dataset(
             f"annotation files the recipe names, or correct count ({recipe.options})"
         )
     return Dataset(source, load_task(task or recipe.task), preparation, limit)
-
-
-def _check_sum(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, but the recipe gives its sha256; check the data root")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected.lower():
-        raise UserError(f"{path}: sha256 {found} is not the recipe's {expected}: another version; fetch the right one")
 
 
 @contextmanager
@@ -164,7 +154,8 @@ def encode_sample(
         (on_canvas(Masks(geometries[at].original, (p.mask,)), (0,), geometries[at])[0], at)
         for p, at in ((p, place[p.image]) for p in formatted.prompts)
     )
-    names = tuple(str(picture) for picture in pictures)
+    # an open picture has no name that outlives it, so it is held equal to no other
+    names = tuple(str(p) if isinstance(p, Path) else f"{sample.key}#{n}" for n, p in enumerate(pictures))
     return Encoded(sample.key, text, images, _queries(sample, formatted.queries, geometries), prompts, names)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from xseg.config import DataRecipe
-from xseg.data import lint_records
+from xseg.data import checksums, lint_records
 from xseg.data.lint_records import Fault, outside
 from xseg.data.parallel import ordered
 from xseg.data.sources import Source, load_source
@@ -41,6 +41,8 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
     """Picture (``identity``) -> key of the first sample that shows it."""
+    sums: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the annotation files for which the recipe of a set that can be downloaded states no checksum."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def lint(recipes: Mapping[str, DataRecipe], root: Path, workers: int = 1) -> tup
 
 def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report:
     report = Report(name, recipe.split, faults=lint_records.check(recipe, root))
+    report.faults += [Fault("checksum", text) for text in checksums.faults(recipe, root)]
+    if recipe.download:  # a set that others fetch too: its recipe may say which version it speaks of
+        report.sums = checksums.unstated(recipe, root)
     try:
         source = load_source(recipe.source, root, recipe.split, recipe.options)
     except UserError as error:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer.baselines import blind_guess, samples
 from xseg.infer.predictor import LEAST_SCORE, Predictor, device
+from xseg.infer.ranks import ALONE, Ranks
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -45,41 +47,58 @@ class Evaluation:
     note: Note = lambda _: None
     blind: bool = True
     """Whether the blind baselines are scored too."""
+    ranks: Ranks = ALONE
+    """The processes that share the work; the results do not depend on them."""
+
+
+@dataclasses.dataclass
+class _Part:
+    """What one process makes of its stretch of a row."""
+
+    metrics: list[Any]
+    lines: list[str]
+    """Its lines of samples.jsonl, but rank 0's, which writes them at once."""
+    seconds: float = 0.0
+    samples: int = 0
 
 
 def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, Any]:
     """Score a model on every row of a suite and return what is written to ``out/results.json``.
 
     ``samples.jsonl`` gets one line per sample: key, place, scores, generated text, predicted masks as RLE. Both files
-    appear complete or not at all. A model without a language part (stage 1) is scored by its own label list on rows
+    appear complete or not at all. Of several processes each scores a stretch of every row's batches; rank 0 merges and
+    writes, and all return the same. A model without a language part (stage 1) is scored by its own label list on rows
     whose task has one; rows that need what the model lacks are skipped and named. UserError when no row is left.
     """
-    run.out.mkdir(parents=True, exist_ok=True)
     partial = run.out / "samples.jsonl.partial"
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
-    try:
-        with partial.open("w", encoding="utf8") as lines:
-            for row in suite.rows:
-                dataset = open_row(predictor, row, run.data_root)
-                if dataset is None:
-                    run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
-                    continue
-                found, seconds, count = _run_row(predictor, row, dataset, run, lines)
-                rows += found
+    fits = False
+    with _samples_file(run, partial) as lines:
+        for number, row in enumerate(suite.rows):
+            dataset = run.ranks.agreed(lambda row=row: open_row(predictor, row, run.data_root))  # type: ignore[misc]
+            if dataset is None:
+                run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
+                continue
+            fits = True
+            place = {"dataset": row.recipe, "row": number, "task": dataset.task.name}
+            part = run.ranks.agreed(
+                lambda place=place, dataset=dataset: _score_stretch(predictor, place, dataset, run, lines)  # type: ignore[misc]
+            )
+            parts = run.ranks.gathered(part)
+            if parts is not None:
+                rows += _merged(predictor, row, number, dataset, parts, run, lines)
+                count, seconds = sum(p.samples for p in parts), max(p.seconds for p in parts)
                 speed.append({"dataset": row.recipe, "samples": count, "seconds": round(seconds, 3)})
-        if not speed:
+        if not fits:
             raise UserError(f"suite {suite.name}: no row fits what this model can do; evaluate a later stage")
-    except BaseException:
-        partial.unlink()
-        if not any(run.out.iterdir()):
-            run.out.rmdir()
-        raise
+    if not run.ranks.first:
+        return run.ranks.tell({})
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
     results = {**head, "rows": rows, "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
-    return results
+    return run.ranks.tell(results)
 
 
 def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Dataset | None:
@@ -99,12 +118,16 @@ def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Data
 
 
 def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
-    """The task a model can be scored on: as asked, by the fixed label list for a stage-1 model, or None."""
+    """The task a model can be scored on: as asked, by the fixed label list for a stage-1 model, or None.
+
+    A task that leaves ``reject`` to the model gets the model's calibrated value.
+    """
     task = load_task(spec)
     if task.eval_mode == "forced" and predictor.model.config.segmentor_config is None:
         return None
     if predictor.processor.encoder is not None:
-        return spec
+        left = getattr(task, "reject", 0.0) is None
+        return TaskSpec(**{"name": spec.name, **spec.options, "reject": predictor.processor.reject}) if left else spec
     fields = {f.name for f in dataclasses.fields(task)}
     return TaskSpec(**{"name": spec.name, **spec.options, "labels": "fixed"}) if "labels" in fields else None
 
@@ -114,17 +137,6 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf8")
     os.replace(partial, path)
-
-
-def predictions(
-    predictor: Predictor, dataset: Dataset, batch_size: int
-) -> Iterator[tuple[list[tuple[Sample, Prediction]], float]]:
-    """Yield the samples of each batch with what the model predicts, and the seconds the batch took."""
-    for start in range(0, len(dataset), batch_size):
-        began = time.perf_counter()
-        indices = range(start, min(start + batch_size, len(dataset)))
-        pairs = predict(predictor, dataset, indices)
-        yield pairs, time.perf_counter() - began
 
 
 @torch.inference_mode()
@@ -197,27 +209,79 @@ def _geometries(encoded: Sequence[Encoded]) -> list[ViewGeometry]:
     return [s.images[0].geometry if s.images else ViewGeometry((0, 0), (0, 0), 0) for s in encoded]
 
 
-def _run_row(
-    predictor: Predictor, row: SuiteRow, dataset: Dataset, run: Evaluation, lines: TextIO
-) -> tuple[list[dict[str, Any]], float, int]:
-    """Score one row: (rows of the table with its blind baseline, seconds, samples)."""
-    metrics, seconds, done = dataset.task.metrics(), 0.0, 0
-    for pairs, took in predictions(predictor, dataset, run.batch_size):
-        seconds, done = seconds + took, done + len(pairs)
-        for index, (sample, prediction) in enumerate(pairs, done - len(pairs)):
+@contextmanager
+def _samples_file(run: Evaluation, partial: Path) -> Iterator[TextIO]:
+    """The file of the samples under its temporary name, gone after an error; what other ranks write goes nowhere."""
+    if not run.ranks.first:
+        with open(os.devnull, "w", encoding="utf8") as nothing:
+            yield nothing
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("w", encoding="utf8") as lines:
+            yield lines
+    except BaseException:
+        partial.unlink()
+        if not any(run.out.iterdir()):
+            run.out.rmdir()
+        raise
+
+
+def _score_stretch(
+    predictor: Predictor, place: dict[str, Any], dataset: Dataset, run: Evaluation, lines: TextIO
+) -> _Part:
+    """Score this process's batches of a row, which are those of a process that is alone.
+
+    The lines of rank 0 are the first ones: they go to ``lines`` at once, those of the others to rank 0.
+    """
+    part, size = _Part(dataset.task.metrics(), []), run.batch_size
+    batches = run.ranks.stretch(-(-len(dataset) // size))
+    total = min(batches.stop * size, len(dataset)) - batches.start * size
+    for batch in batches:
+        began = time.perf_counter()
+        indices = range(batch * size, min((batch + 1) * size, len(dataset)))
+        pairs = predict(predictor, dataset, indices)
+        part.seconds += time.perf_counter() - began
+        for index, (sample, prediction) in zip(indices, pairs, strict=True):
             scores: dict[str, float] = {}
-            for metric in metrics:
+            for metric in part.metrics:
                 metric.update(prediction, sample)
                 scores |= metric.per_sample(prediction, sample)
-            place = {"dataset": row.recipe, "index": index, "task": dataset.task.name}
-            lines.write(json.dumps({"key": sample.key, **place, **record(prediction, scores)}) + "\n")
-        run.progress(row.recipe, done, len(dataset), seconds)
+            line = json.dumps({"key": sample.key, **place, "index": index, **record(prediction, scores)}) + "\n"
+            if run.ranks.first:
+                lines.write(line)
+            else:
+                part.lines.append(line)
+        part.samples += len(pairs)
+        run.progress(place["dataset"], part.samples, total, part.seconds)
+    return part
+
+
+def _merged(
+    predictor: Predictor,
+    row: SuiteRow,
+    number: int,
+    dataset: Dataset,
+    parts: Sequence[_Part],
+    run: Evaluation,
+    lines: TextIO,
+) -> list[dict[str, Any]]:
+    """Rows of the table, with the blind baseline, from what all processes found; their lines go to ``lines``.
+
+    ``number`` is the place of ``row`` in the suite: one data set may stand in it with several options of its task.
+    """
+    metrics = parts[0].metrics
+    for part in parts[1:]:
+        lines.writelines(part.lines)
+        for mine, other in zip(metrics, part.metrics, strict=True):
+            mine += other
     for note in (note for metric in metrics for note in getattr(metric, "notes", list)()):
         run.note(f"{row.recipe}: {note}")
-    head = {"task": dataset.task.name, "dataset": row.recipe, "split": load_recipe(DataRecipe, row.recipe).split}
+    split = load_recipe(DataRecipe, row.recipe).split
+    head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
     table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]
-    return table + (_blind_rows(dataset, head, row) if run.blind else []), seconds, done
+    return table + (_blind_rows(dataset, head, row) if run.blind else [])
 
 
 def record(prediction: Prediction, scores: dict[str, float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from xseg.data.shapeworld.write import write
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import masks as rle
 from xseg.infer import card
-from xseg.infer.evaluate import open_row, predictions
+from xseg.infer.evaluate import open_row, predict
 from xseg.infer.predictor import Predictor, load
 from xseg.models import checkpoint
 from xseg.types import ModelOutput, Prediction
@@ -30,6 +30,7 @@ WHOLE, HALF = 1e-5, 2e-2
 """How far logits may be off, as part of the largest: the worst one of a float32 copy, the mean of a half-precision
 one. (The worst says little there: where a mask's border falls on the other side, so does what the next layer reads.)"""
 PADDING = 1e5
+BATCH = 8
 MEGABYTE = 1_000_000
 
 
@@ -102,8 +103,11 @@ def answers(predictor: Predictor, data_root: Path) -> tuple[list[Prediction], li
     hook = predictor.model.register_forward_hook(keep)
     for name in ROWS:
         dataset = open_row(predictor, SuiteRow(recipe=name), data_root)
-        if dataset is not None:
-            out += [prediction for pairs, _ in predictions(predictor, dataset, 8) for _, prediction in pairs]
+        if dataset is None:
+            continue
+        for start in range(0, len(dataset), BATCH):
+            found = predict(predictor, dataset, range(start, min(start + BATCH, len(dataset))))
+            out += [prediction for _, prediction in found]
     hook.remove()
     return out, logits
 

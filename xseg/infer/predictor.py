@@ -68,13 +68,13 @@ class Predictor:
         self.model, self.processor = model, processor
 
     @torch.inference_mode()
-    def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: float = 0.5) -> Result:
+    def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: float | None = None) -> Result:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
         The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
         The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
         generated answer. Where a phrase is less likely than ``reject`` against the background, its mask is empty ("not
-        there"); 0 always gives it a mask.
+        there"); None = the model's calibrated value, 0 always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
         if isinstance(text, str):
@@ -87,6 +87,7 @@ class Predictor:
         encoded = self.processor.encode([views], formatted)
         output = self.model(self.processor.batch([encoded]).to(device(self.model)))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
+        reject = self.processor.reject if reject is None else reject
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
         return Result(views.geometry.original, found)
 
@@ -131,7 +132,7 @@ def choose(
     g: ViewGeometry,
     phrases: Sequence[str],
     *,
-    reject: float = 0.5,
+    reject: float,
     regions: Sequence[int] | None = None,
 ) -> tuple[Segment, ...]:
     """Segments of one query: (N, h, w) masks, (N, K + 1) classes of K ``phrases``; ``regions`` as in ``Request``.

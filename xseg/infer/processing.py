@@ -1,8 +1,10 @@
 """From images and turns to a Batch, with everything a checkpoint folder needs to do it again."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from xseg.encode import Encoder
 from xseg.errors import UserError
 from xseg.geometry.masks import on_canvas
 from xseg.geometry.views import ViewSizes
+from xseg.tasks.refer_seg import LEAST
 from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
 from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks
 
@@ -22,14 +25,34 @@ FILE, TEMPLATE = "xseg_processor.json", "chat_template.jinja"
 AFTER_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ") ")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """From which probability on a phrase of this model is there, and on what that was chosen (``xseg calibrate``)."""
+
+    reject: float
+    """In 0..1."""
+    recipe: str
+    split: str
+    phrases: int
+    n_acc: float
+    """Percent of the phrases without a target that fall below."""
+    t_acc: float
+    """Percent of the phrases with a target that do not."""
+
+
 class XSegProcessor:
     """The tokenizer, the chat template and the view sizes of one model; lives beside its weights.
 
-    ``encoder`` is None for a model that reads no text (stage 1).
+    ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
     """
 
-    def __init__(self, encoder: Encoder | None, sizes: ViewSizes) -> None:
-        self.encoder, self.sizes = encoder, sizes
+    def __init__(self, encoder: Encoder | None, sizes: ViewSizes, calibration: Calibration | None = None) -> None:
+        self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
+
+    @property
+    def reject(self) -> float:
+        """The probability against the background below which a phrase is not there."""
+        return LEAST if self.calibration is None else self.calibration.reject
 
     @classmethod
     def from_recipe(cls, recipe: ModelRecipe, parts: Sequence[str]) -> "XSegProcessor":
@@ -47,15 +70,17 @@ class XSegProcessor:
         try:
             fields = json.loads(path.read_text(encoding="utf8"))
             sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
-            max_tokens = fields["max_tokens"]
+            max_tokens, chosen = fields["max_tokens"], fields.get("calibration")
+            calibration = None if chosen is None else Calibration(**chosen)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
         if max_tokens is None:
-            return cls(None, sizes)
+            return cls(None, sizes, calibration)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
-        return cls(Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens), sizes)
+        encoder = Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens)
+        return cls(encoder, sizes, calibration)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
@@ -64,13 +89,18 @@ class XSegProcessor:
         if self.encoder is not None:
             self.encoder.tokenizer.save_pretrained(folder)
             (folder / TEMPLATE).write_text(self.encoder.template, encoding="utf8")
+        (folder / FILE).write_text(self.fields(), encoding="utf8")
+
+    def fields(self) -> str:
+        """The text of xseg_processor.json: what is not the tokenizer's and not the template's."""
         fields = {
             "mask_size": self.sizes.canvas,
             "llm_size": self.sizes.llm,
             "llm_mode": self.sizes.llm_mode,
             "max_tokens": None if self.encoder is None else self.encoder.max_tokens,
+            "calibration": None if self.calibration is None else dataclasses.asdict(self.calibration),
         }
-        (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf8")
+        return json.dumps(fields, indent=1) + "\n"
 
     def encode(
         self, views: Sequence[ImageViews], formatted: Formatted, *, generation: bool = False, key: str = "request"

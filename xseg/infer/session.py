@@ -95,7 +95,9 @@ class Session:
         if phrases and made.output is not None and len(made.queries[0]) == 1:
             row = made.queries[0][0]
             logits = made.output.mask_logits[-1, row], made.output.class_logits[-1, row]
-            segments = self._per_phrase(choose(*logits, self._views.geometry, phrases, regions=regions), phrases)
+            reject = self.predictor.processor.reject
+            found = choose(*logits, self._views.geometry, phrases, reject=reject, regions=regions)
+            segments = self._per_phrase(found, phrases)
         self._turns = [*turns, Turn("assistant", _harmless(said))]
         self.answers.append(Answer(text, said, segments))
         return self.answers[-1]

@@ -10,15 +10,19 @@ from xseg.metrics import truth
 from xseg.metrics.bootstrap import RESAMPLES
 from xseg.types import Categories, Prediction, Sample, Score, Segment
 
+DETECTIONS = 100
+"""Surest detections of an image that count, as COCO has it."""
+
 
 class AveragePrecision:
     """AP and AP50 in percent over thing categories, 100 detections per image, crowd regions ignored as COCO does.
 
-    ``note`` is put behind the protocol: how the detections were asked for.
+    ``note`` is put behind the protocol: how the detections were asked for. ``resamples`` of the images give the
+    intervals, 0 = none.
     """
 
-    def __init__(self, note: str = "") -> None:
-        self.note = note
+    def __init__(self, note: str = "", resamples: int = RESAMPLES) -> None:
+        self.note, self.resamples = note, resamples
         self.categories: Categories | None = None
         self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = []
         """Per image: annotations, detections, (H, W)."""
@@ -60,12 +64,12 @@ class AveragePrecision:
         nothing = _evaluated(truth_set, [])
         found = _evaluated(truth_set, _numbered([image[1] for image in self.images]))
         # hotcoco resamples images when it compares two evaluations; against no detections (AP 0) the difference is AP
-        result = hotcoco.compare(nothing, found, n_bootstrap=RESAMPLES, seed=0)
+        result = hotcoco.compare(nothing, found, n_bootstrap=self.resamples, seed=0)
         out = []
         for metric, protocol in (("AP", "IoU 0.50:0.95"), ("AP50", "IoU 0.50")):
-            ci = result["ci"][metric]
-            interval = (100 * ci["lower"], 100 * ci["upper"]) if len(self.images) > 1 else None
-            text = f"COCO segm {protocol}, 100 detections per image, things only"
+            ci = result["ci"][metric] if result["ci"] and len(self.images) > 1 else None
+            interval = (100 * ci["lower"], 100 * ci["upper"]) if ci else None
+            text = f"COCO segm {protocol}, {DETECTIONS} detections per image, things only"
             text += f"; {self.note}" if self.note else ""
             out.append(Score(metric, 100 * result["metrics_b"][metric], len(self.images), text, interval))
         return out
@@ -104,5 +108,10 @@ def _numbered(images: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _evaluated(truth_set: Any, detections: list[dict[str, Any]]) -> Any:
     evaluation = hotcoco.COCOeval(truth_set, truth_set.load_res(detections), "segm")
+    # AP and AP50 look at all sizes and the surest 100 detections alone; the other eleven cells cost as much each, and
+    # every resample pays for them again
+    only = evaluation.params
+    only.area_rng, only.area_rng_lbl, only.max_dets = [[0, 1e10]], ["all"], [DETECTIONS]
+    evaluation.params = only
     evaluation.evaluate()
     return evaluation

@@ -18,8 +18,8 @@ LONGEST = 4
 SIGMA = 6.0
 """Spread of the length penalty in words."""
 WITHOUT_METEOR = (
-    "METEOR is left out: it needs {missing}. CIDEr and the mask scores do not. Install a Java runtime and "
-    "`pip install pycocoevalcap` to have it"
+    "METEOR is left out: it needs {missing}. CIDEr and the mask scores do not. Install a Java runtime (Debian: apt-get "
+    "install default-jre-headless) and `pip install xseg[captions]` to have it"
 )
 
 

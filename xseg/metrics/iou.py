@@ -45,11 +45,12 @@ class PhraseIoU:
     """Scores per sentence, in percent, over all sentences and per kind of phrase (``cIoU:relation``).
 
     ``unit``: what a phrase of the samples is, for names and protocol: one "sentence", one "reference" with all its
-    sentences merged, or an "object" that a prompt points at.
+    sentences merged, or an "object" that a prompt points at. ``note`` is put behind the protocol: how the masks were
+    asked for.
     """
 
-    def __init__(self, unit: Literal["sentence", "reference", "object"] = "sentence") -> None:
-        self.unit = unit
+    def __init__(self, unit: Literal["sentence", "reference", "object"] = "sentence", note: str = "") -> None:
+        self.unit, self.note = unit, note
         self.sentences: list[Sentence] = []
 
     def update(self, prediction: Prediction, sample: Sample) -> None:
@@ -78,9 +79,13 @@ class PhraseIoU:
         if self.unit == "object":
             # the literature's name for it where objects are pointed at; that an object is there goes without saying
             kept = [s for s in scores if not s.metric.endswith("-acc")]
-            words = [(s.metric.replace("gIoU", "mIoU"), s.protocol.replace("sentences", "objects")) for s in kept]
+            note = f"; {self.note}" if self.note else ""
+            words = [
+                (s.metric.replace("gIoU", "mIoU"), s.protocol.replace("sentences", "objects") + note) for s in kept
+            ]
             return [dataclasses.replace(s, metric=m, protocol=p) for s, (m, p) in zip(kept, words, strict=True)]
         note = "" if self.unit == "sentence" else "; a sentence here is a reference with all its sentences merged"
+        note += f"; {self.note}" if self.note else ""
         return [dataclasses.replace(s, protocol=s.protocol + note) for s in scores]
 
 

@@ -63,29 +63,46 @@ class PanopticQuality:
 def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (categories, 4) sums of one image: IoU of matches, TP, FP, FN."""
     assert sample.categories is not None
-    true_map = truth.segment_map(sample)
+    joint = overlaps(prediction, sample)
+    true_area, found_area, void = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist(), joint[0].tolist()
+    rows, columns = np.nonzero(joint[1:, 1:])
+    sums = [[0.0, 0, 0, 0] for _ in sample.categories.names]
+    ignored, true_hits, found_hits = list(void), set(), set()
+    # few of the pairs share a pixel, and fewer a category
+    for a, b, inter in zip(rows.tolist(), columns.tolist(), joint[rows + 1, columns + 1].tolist(), strict=True):
+        true, category = sample.instances[a], prediction.segments[b].category
+        if true.category != category:
+            continue
+        if true.is_crowd:
+            ignored[b + 1] += inter
+            continue
+        union = true_area[a + 1] + found_area[b + 1] - inter - void[b + 1]
+        if 2 * inter > union:
+            sums[category][IOU] += inter / union
+            sums[category][TP] += 1
+            true_hits.add(a)
+            found_hits.add(b)
+    for a, true in enumerate(sample.instances):
+        if true_area[a + 1] and not true.is_crowd and a not in true_hits:
+            sums[true.category][FN] += 1
+    for b, found in enumerate(prediction.segments):
+        if found_area[b + 1] and b not in found_hits and 2 * ignored[b + 1] <= found_area[b + 1]:
+            sums[found.category][FP] += 1
+    return np.array(sums)
+
+
+def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
+    """Return (1 + instances, 1 + segments) int64 pixels that each pair shares; row and column 0 = void."""
+    id_map = None if sample.masks is None else sample.masks.id_map
+    true_map = truth.segment_map(sample) if id_map is None else id_map
     found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
     if found_map.shape != true_map.shape:
         raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
+    starts, lengths = truth.stretches(true_map, found_map)
+    true, found = true_map.ravel().take(starts), found_map.ravel().take(starts)
+    if id_map is not None:
+        true = truth.numbered(sample, true)
     rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
-    joint = np.bincount((true_map.astype(np.int64) * columns + found_map).ravel(), minlength=rows * columns)
-    joint = joint.reshape(rows, columns)
-    void, inter = joint[0, 1:], joint[1:, 1:]
-    true_area, found_area = joint[1:].sum(axis=1), joint[:, 1:].sum(axis=0)
-    true_class = np.array([i.category for i in sample.instances], np.int64)
-    crowd = np.array([i.is_crowd for i in sample.instances], bool)
-    found_class = np.array([s.category for s in prediction.segments], np.int64)
-
-    same = true_class[:, None] == found_class[None]
-    iou = ratio(inter.astype(float), true_area[:, None] + found_area - inter - void)
-    hit = same & ~crowd[:, None] & (np.nan_to_num(iou) > 0.5)
-    out = np.zeros((len(sample.categories.names), 4))
-    true_hit, found_hit = np.nonzero(hit)
-    np.add.at(out[:, IOU], true_class[true_hit], iou[true_hit, found_hit])
-    np.add.at(out[:, TP], true_class[true_hit], 1)
-    missed = ~hit.any(axis=1) & ~crowd & (true_area > 0)
-    np.add.at(out[:, FN], true_class[missed], 1)
-    ignored = void + np.where(same & crowd[:, None], inter, 0).sum(axis=0)
-    wrong = ~hit.any(axis=0) & (found_area > 0) & (ignored <= found_area / 2)
-    np.add.at(out[:, FP], found_class[wrong], 1)
-    return out
+    # counted as floats, which are exact far beyond the pixels of a picture
+    counts = np.bincount(true.astype(np.int64) * columns + found, lengths, rows * columns)
+    return counts.astype(np.int64).reshape(rows, columns)

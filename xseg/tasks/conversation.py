@@ -9,6 +9,7 @@ import numpy as np
 
 from xseg.errors import UserError
 from xseg.metrics.answers import ExactMatch
+from xseg.metrics.choices import Letters, YesNo
 from xseg.tasks import base
 from xseg.tokens import IMAGE, REGION, SPECIAL_TOKENS
 from xseg.types import Formatted, ModelOutput, Prediction, Sample, Turn, ViewGeometry
@@ -18,7 +19,10 @@ LITERAL = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, REGION))))
 
 @dataclass(frozen=True)
 class Task(base.Base):
-    """Conversation has no options."""
+    """Options of conversation."""
+
+    answers: Literal["text", "letter", "yes_no"] = "text"
+    """What the generated answer is compared as: the whole text, the letter of an option, or yes and no."""
 
     name: ClassVar[str] = "conversation"
     eval_mode: ClassVar[Literal["forced", "generate"]] = "generate"
@@ -48,8 +52,8 @@ class Task(base.Base):
         return Prediction(sample.key, text=text)
 
     def metrics(self) -> list[Any]:
-        """Exact match, per kind of question."""
-        return [ExactMatch()]
+        """Exact match of texts per kind of question, of letters, or of yes and no."""
+        return [{"text": ExactMatch, "letter": Letters, "yes_no": YesNo}[self.answers]()]
 
     @staticmethod
     def example() -> Sample:

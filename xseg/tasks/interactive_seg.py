@@ -15,6 +15,7 @@ from xseg.geometry.masks import decode, encode, row_rle
 from xseg.metrics import oracle
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
+from xseg.metrics.video import RegionAndOutline
 from xseg.tasks import base, phrasing
 from xseg.tasks.refer_seg import drawn, query
 from xseg.tokens import IMAGE, REGION
@@ -44,6 +45,8 @@ class Task(base.Base):
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of prompt, drawn for each object anew. Evaluation draws by the sample's key, so that the prompts are fixed;
     a published row has one kind."""
+    frames: bool = False
+    """Samples are frames of clips, each with its own prompts: J and F of every object are scored too (DAVIS)."""
     max_objects: int = 8
     """Training: of a sample with more objects, this many are drawn."""
     score_threshold: float = 0.5
@@ -106,8 +109,10 @@ class Task(base.Base):
         return Prediction(sample.key, tuple(segments), extra={"oracle": tuple(pairs)})
 
     def metrics(self) -> list[Any]:
-        """MIoU and cIoU over objects, per kind of prompt, and the oracle gap."""
-        return [PhraseIoU("object"), OracleGap()]
+        """MIoU and cIoU over objects, per kind of prompt, the oracle gap, and J and F of frames."""
+        note = f"prompts: {', '.join(self.kinds)}, as annotated or drawn by the sample's key"
+        scores: list[Any] = [PhraseIoU("object", note), OracleGap()]
+        return [*scores, RegionAndOutline()] if self.frames else scores
 
     @staticmethod
     def example() -> Sample:

@@ -31,6 +31,9 @@ from xseg.types import (
     ViewGeometry,
 )
 
+LEAST = 0.5
+"""Probability of a phrase below which its mask is empty, where neither a recipe nor a model says otherwise."""
+
 
 @dataclass(frozen=True)
 class Task(base.Base):
@@ -44,10 +47,10 @@ class Task(base.Base):
     sentences: Literal["each", "merged"] = "each"
     """"each": every sentence is a phrase of its own (X-SAM, LISA); "merged": all sentences about one reference are one
     phrase (PSALM). The numbers of the two must not be compared."""
-    reject: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Empty mask where the phrase is less probable than this against the background: 0.5 = where the best decoder query
-    takes background for likelier; 0 = always a mask, as on sets whose every phrase has a target. The row "presence
-    threshold" of a validation set says which value is calibrated."""
+    reject: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Empty mask where the phrase is less probable than this against the background: None = the value that the model
+    was calibrated to (``xseg calibrate``), else 0.5, where the best decoder query takes background for likelier; 0 =
+    always a mask, as on sets whose every phrase has a target."""
     join: Annotated[float, Field(gt=0, le=1)] | None = None
     """Sets whose phrases name several objects: the masks of all decoder queries at least this sure of the phrase are
     united (X-SAM main takes 0.6 for gRefCOCO); None = only the best one's mask."""
@@ -81,12 +84,17 @@ class Task(base.Base):
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
-        options = {"reject": self.reject, "join": self.join, "threshold": self.mask_threshold}
+        options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
         return masks_of_phrases(output, queries, sample, g, options)
 
     def metrics(self) -> list[Any]:
         """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
-        return [PhraseIoU("sentence" if self.sentences == "each" else "reference"), Presence(), OracleGap()]
+        note = f"empty below probability {self._least:.4g}" if self._least else ""
+        return [PhraseIoU("sentence" if self.sentences == "each" else "reference", note), Presence(), OracleGap()]
+
+    @property
+    def _least(self) -> float:
+        return LEAST if self.reject is None else self.reject
 
     @staticmethod
     def example() -> Sample:

@@ -1,6 +1,8 @@
 """The command line. Heavy imports happen inside the commands, so that ``xseg --help`` answers at once."""
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +34,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"xseg: {error}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"xseg: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            sys.exit(2)
+        # The launcher ends all processes as soon as one has ended: leave rank 0 the time to speak. And not by way of
+        # the destructors, which wait for threads of gloo's that wait for the others.
+        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
+        os._exit(2)
     except KeyboardInterrupt:
         print("xseg: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +89,23 @@ def eval_command(
     from xseg.ui.scores import run_suite
 
     run_suite(model, suite, out, root, batch_size, Console())
+
+
+@app.command("calibrate")
+def calibrate_command(
+    recipe: Annotated[str, typer.Argument(help="Data recipe with absent things; no test split.")],
+    model: Model,
+    root: Root = Path("data"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first samples only.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward.")] = 8,
+) -> None:
+    """Choose from which probability on a phrase is there, and keep it with the model."""
+    from rich.console import Console
+
+    from xseg.infer.calibrate import Asked
+    from xseg.ui.calibrating import calibrate_model
+
+    calibrate_model(model, Asked(recipe, root, limit, batch_size), Console(highlight=False))
 
 
 @app.command("chat")

@@ -1,5 +1,6 @@
 """``xseg data convert``, ``build-vgd``, ``build-interactive`` and ``lint``: the library's work, told in a terminal."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,10 @@ def run_lint(names: Sequence[str], root: Path, workers: int, console: Console) -
         console.print(Text(f"{report.recipe} ({report.split}): {report.samples} samples, {told}"), soft_wrap=True)
         for fault in report.faults:
             console.print(Text(f"  {fault.kind}: {fault.text}"), soft_wrap=True)
+        if report.sums:
+            console.print(
+                Text(f"  no checksum stated; of these files: sha256: {json.dumps(report.sums)}"), soft_wrap=True
+            )
     for leak in leaks:
         console.print(Text(f"{leak.kind}: {leak.text}"), soft_wrap=True)
     return not leaks and not any(report.faults for report in reports)

@@ -15,7 +15,8 @@ from xseg.geometry.views import read_image
 from xseg.types import Sample, Segment
 from xseg.ui.draw import overlay
 
-SHOWN = 8
+WORST, BEST = 50, 8
+"""Most samples of a data set that are shown; of few samples each half goes to one side."""
 WIDEST = 420
 """Pictures are reduced to this width in pixels."""
 
@@ -47,19 +48,21 @@ def galleries(evaluation: Path, data_root: Path, pictures: Path) -> Iterator[Gal
 
     Raises UserError when the data set is not under ``data_root`` any more.
     """
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with (evaluation / "samples.jsonl").open(encoding="utf8") as lines:
         for line in lines:
             row = json.loads(line)
-            rows.setdefault(row["dataset"], []).append(row)
-    for dataset, found in rows.items():
+            rows.setdefault((row["dataset"], row.get("row", 0)), []).append(row)
+    for (dataset, number), found in rows.items():
         recipe = load_recipe(DataRecipe, dataset)
         source = load_source(recipe.source, data_root, recipe.split, recipe.options)
         ranked = sorted((r for r in found if r["scores"]), key=_score)
-        count = min(SHOWN, (len(ranked) + 1) // 2)
-        stem = f"{evaluation.parent.name}-{evaluation.name}-{dataset}".replace("/", "-")
-        worst = tuple(card(source[r["index"]], r, pictures, f"{stem}-{r['index']}") for r in ranked[:count])
-        best = tuple(card(source[r["index"]], r, pictures, f"{stem}-{r['index']}") for r in ranked[::-1][:count])
+        half = (len(ranked) + 1) // 2
+        stem = f"{evaluation.parent.name}-{evaluation.name}-{number}-{dataset}".replace("/", "-")
+        worst, best = (
+            tuple(card(source[r["index"]], r, pictures, f"{stem}-{r['index']}") for r in rows_of_side)
+            for rows_of_side in (ranked[: min(WORST, half)], ranked[::-1][: min(BEST, half)])
+        )
         yield Gallery(f"{dataset} ({found[0]['task']})", worst, best)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from xseg.errors import UserError
 from xseg.ui.curves import Trained, held_out_plot, is_blind, read_run, training_plots
 from xseg.ui.gallery import Card, Gallery, galleries
+from xseg.ui.gaps import is_part, section
 from xseg.ui.plot import draw
 
 DEPTH = 3
@@ -32,7 +33,8 @@ def write_report(run: Path, data_root: Path | None = None) -> Path:
     (partial / "pictures").mkdir(parents=True)
     shown, notes = _galleries(results, data_root, partial / "pictures")
     sections = [_head(run, results)]
-    sections += [_table(place, found) for place, found in results]
+    for place, found in results:
+        sections += [_table(place, found), section(found)]
     stages = read_run(run, curves, results)
     sections.append(_curves(stages))
     if held_out := held_out_plot(stages):
@@ -84,9 +86,9 @@ def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _table(place: Path, found: dict[str, Any]) -> str:
-    """One table per evaluation; blind baselines stand in a column of their own."""
+    """One table per evaluation; blind baselines stand in a column, parts of the oracle gap in tables of their own."""
     blind = {_row_key(r): r["value"] for r in found["rows"] if is_blind(r)}
-    shown = [r for r in found["rows"] if not is_blind(r)]
+    shown = [r for r in found["rows"] if not is_blind(r) and not is_part(r)]
     rows = [_row(r, before, blind.get(_row_key(r))) for r, before in zip(shown, [{}, *shown], strict=False)]
     head = "".join(
         f'<th class="{kind}">{name}</th>'
@@ -164,8 +166,9 @@ def _page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def _row_key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["task"], row["dataset"], row["metric"]
+def _row_key(row: dict[str, Any]) -> tuple[str, str, str, int | None]:
+    """What a row and its blind baseline share; one data set may be scored several times, by options of its task."""
+    return row["task"], row["dataset"], row["metric"], row.get("row")
 
 
 def _shown(place: Path) -> str:

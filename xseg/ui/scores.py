@@ -1,5 +1,6 @@
 """``xseg eval``: run a suite with a progress bar and print the table."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,24 @@ from rich.table import Table
 
 from xseg.config import Suite, load_recipe
 from xseg.infer.evaluate import Evaluation, evaluate
+from xseg.infer.ranks import joined
 from xseg.ui.loading import open_model
+
+SILENT = Console(quiet=True)
 
 
 def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, console: Console) -> None:
-    """Evaluate and print; UserError for anything wrong with the model, the suite or the data."""
+    """Evaluate and print; UserError for anything wrong with the model, the suite or the data.
+
+    Under torchrun or ``accelerate launch`` every process scores its part, and the first one prints.
+    """
     recipe = load_recipe(Suite, suite)
-    predictor = open_model(model, console)
+    with joined() as ranks:
+        _run(recipe, model, Evaluation(root, out, batch_size, ranks=ranks), console if ranks.first else SILENT)
+
+
+def _run(recipe: Suite, model: Path, run: Evaluation, console: Console) -> None:
+    predictor = open_model(model, console, run.ranks.device)
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -27,15 +39,17 @@ def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, c
                 bars[dataset] = progress.add_task(dataset, total=total, rate="")
             progress.update(bars[dataset], completed=done, rate=f"{done / max(seconds, 1e-9):.1f} samples/s")
 
-        run = Evaluation(root, out, batch_size, tell, lambda note: console.print(f"note: {note}", markup=False))
-        results = evaluate(predictor, recipe, run)
+        def note(text: str) -> None:
+            console.print(f"note: {text}", markup=False)
+
+        results = evaluate(predictor, recipe, dataclasses.replace(run, progress=tell, note=note))
     console.print(table(results))
     for row in results["speed"]:
         rate_text = f"{row['samples'] / max(row['seconds'], 1e-9):.1f} samples/s"
         console.print(
             f"{row['dataset']}: {row['samples']} samples in {row['seconds']:.1f} s, {rate_text}", markup=False
         )
-    console.print(f"{out / 'results.json'}", markup=False, soft_wrap=True)
+    console.print(f"{run.out / 'results.json'}", markup=False, soft_wrap=True)
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -47,12 +61,12 @@ def table(results: dict[str, Any]) -> Table:
             out.add_column(name, overflow="fold")
         else:
             out.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "95 %" else 4)
-    blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
+    blind = {(r["row"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
     last = None
     for row in results["rows"]:
         if row["protocol"].startswith("blind"):
             continue
-        base = blind.get((row["dataset"], row["metric"]))
+        base = blind.get((row["row"], row["metric"]))
         if last not in (None, row["dataset"]):
             out.add_section()
         out.add_row(
