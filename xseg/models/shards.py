@@ -162,6 +162,12 @@ def read(wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
     return {name: handles[stored.file][stored.key] for name, stored in wanted.items()}
 
 
+def check_finite(place: Path, name: str, value: Tensor) -> None:
+    """Raise UserError for a tensor of ``place`` that holds infinities or no numbers: no training leaves such."""
+    if not torch.isfinite(value).all():
+        raise UserError(f"{place}: corrupted tensor {name}: it holds values that are not finite; copy it again")
+
+
 def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into groups of at most ``limit`` bytes (one larger tensor stands alone)."""
     groups: list[list[str]] = []
