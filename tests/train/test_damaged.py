@@ -1,4 +1,4 @@
-"""Folders that are damaged, incomplete or of something else: ``xseg.load`` and ``init_from`` refuse each by its name."""
+"""Folders that are damaged, incomplete or of something else: ``xseg.load`` and ``init_from`` refuse each by name."""
 
 import json
 import shutil
