@@ -187,6 +187,8 @@ class ModelRecipe(Recipe):
     """Image encoders whose rows the language model reads; what it does not see may still feed the mask decoder."""
     llm_rows: Literal["concatenated", "interleaved"] = "concatenated"
     """Order of those rows: SigLIP's, then SAM's (X-SAM), or both of a square together."""
+    region_rows: int = 1
+    """Rows of a visual prompt: 1 = the maximum over its points (the paper), 64 = means of four (branch main)."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"

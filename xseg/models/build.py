@@ -54,6 +54,7 @@ def build_config(
     return XSegConfig(
         llm_sees=recipe.llm_sees,
         llm_rows=recipe.llm_rows,
+        region_rows=recipe.region_rows,
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
         text_config=text,
