@@ -163,8 +163,6 @@ def test_stage_2_forward_and_its_gradients() -> None:
 @pytest.mark.parametrize(
     ("name", "rows"), [("s3_vgdseg_loss_dense", (92, 218)), ("s3_intseg_infer_tensor_box", (89, 152))]
 )
-    ("name", "rows"), [("s3_vgdseg_loss_dense", (92, 218)), ("s3_intseg_infer_tensor_box", (89, 152))]
-)
 def test_a_region_takes_as_many_rows_as_its_code_line_gives_it(name: str, rows: tuple[int, int]) -> None:
     """Rows as the archive line stores them, and as main was measured on the same text (golden/archive/README.md)."""
     stored = golden.case("archive", name)
