@@ -37,6 +37,15 @@ BLOCK = 2**24
 """Values of noise that are drawn; tensors repeat them, so that writing costs disk and not draws."""
 UNREAD = {"segmentor.shared_image_embedding.positional_embedding": (2, 128)}
 """A tensor of the released files that no model reads."""
+PROBE = """\
+from xseg.ui.cli import main
+try:
+    main()
+finally:
+    high = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    open({!r}, "w").write(high)
+"""
+"""The command line, then the most memory it held; what ``getrusage`` says of a child begins at its parent's peak."""
 LIMIT = 1.3
 """Most peak memory, as a part of the largest shard."""
 CHAT = ("<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -93,7 +102,8 @@ def write(shapes: dict[str, tuple[int, ...]], folder: Path, kind: str, limit: in
 
 def imported(source: Path, recipe: str, words: Path, out: Path) -> dict[str, Any]:
     """Import in a process of its own: what it cost, and what its report could not explain."""
-    command = [sys.executable, "-m", "xseg.ui.cli", "import", "x-sam", str(source), "--recipe", recipe]
+    peak = out.with_name("peak")
+    command = [sys.executable, "-c", PROBE.format(str(peak)), "import", "x-sam", str(source), "--recipe", recipe]
     begin = time.perf_counter()
     subprocess.run([*command, "--tokenizer", str(words), "--out", str(out)], check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -101,7 +111,7 @@ def imported(source: Path, recipe: str, words: Path, out: Path) -> dict[str, Any
     return {
         "seconds": round(time.perf_counter() - begin, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 3),
+        "peak_gb": round(int(peak.read_text().split()[1]) * 1024 / 1e9, 3),
         "loaded": len(report["loaded"]),
         "missing": report["fresh"],
         "unexpected": report["unexpected"],
@@ -136,7 +146,7 @@ def main() -> None:
         "cpu_count": os.cpu_count(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    rows = kept | {f"{given.recipe}, {given.branch}, {given.format}": row}
+    rows = kept | {f"{Path(given.recipe).stem}, {given.branch}, {given.format}": row}
     RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     sys.exit(row["peak_of_largest_shard"] > LIMIT or bool(row["missing"] or row["unexpected"]))
 
