@@ -1,4 +1,14 @@
-"""Sizes of a model of a few thousand weights, as a model recipe gives them."""
+"""Sizes of a model of a few thousand weights, as a model recipe gives them, and a folder of one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xseg.config import ModelRecipe
+from xseg.infer.processing import XSegProcessor
+from xseg.models import checkpoint
+from xseg.models.build import build_config, build_model
 
 SAM = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
@@ -17,3 +27,15 @@ SEGMENTOR = {
     "width": 16, "connector_width": 16, "pixel_decoder": "fpn", "num_queries": 4, "decoder_layers": 1, "heads": 2,
     "ffn": 16,
 }  # fmt: skip
+
+
+def save_model(folder: Path, parts: tuple[str, ...], head: str, **llm: Any) -> Path:
+    """A `final` folder with random weights; ``llm`` goes over ``LLM``."""
+    words_of = {"tokenizer": "examples/tiny_parts/phi", "max_tokens": 512}
+    recipe = ModelRecipe(sam=SAM, siglip=SIGLIP, llm={**LLM, **llm}, segmentor=SEGMENTOR, **words_of)
+    processor = XSegProcessor.from_recipe(recipe, parts)
+    torch.manual_seed(0)
+    words = len(processor.encoder.tokenizer) if processor.encoder else 0
+    checkpoint.save(build_model(build_config(recipe, parts, head, 13, words)), folder)
+    processor.save_pretrained(folder)
+    return folder

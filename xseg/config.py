@@ -192,6 +192,8 @@ class ModelRecipe(Recipe):
     """Order of those rows: SigLIP's, then SAM's (X-SAM), or both of a square together."""
     llm_normed_rows: bool = False
     """Normalise those rows before their projectors; X-SAM does not."""
+    region_rows: int = 1
+    """Rows of a visual prompt: 1 = the maximum over its points (the paper), 64 = means of four (branch main)."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"

@@ -254,23 +254,26 @@ def prompted(
     *,
     score_threshold: float = 0.5,
     mask_threshold: float = 0.5,
+    nearest_by: Literal["box", "mask"] = "box",
 ) -> Segment:
     """Return the mask of the one object a drawn prompt points at (X-SAM's rule for interactive segmentation).
 
     A prediction's score is its probability of class 0 times the mean mask probability inside its mask. Candidates score
-    at least ``score_threshold``, or are the best one where there is none; of these the one whose box overlaps that of
-    ``prompt`` (original pixels) most, the last of equals. A candidate without a pixel overlaps nothing.
+    at least ``score_threshold``, or are the best one where there is none; of these the one that overlaps ``prompt``
+    (original pixels) most, the last of equals: by the IoU of their boxes (the published models) or of the masks
+    themselves (branch main). A candidate without a pixel overlaps nothing.
     """
     prob = class_logits.float().softmax(-1)[:, 0]
     rows = prob.argsort(descending=True, stable=True)
     resize = _Resize(mask_logits.shape[1:], g, mask_logits.device)
-    box = _box(decode(prompt).astype(bool))
+    drawn = decode(prompt).astype(bool)
+    box = _box(drawn)
     best: tuple[float, np.ndarray] | None = None
-    nearest_box: tuple[tuple[float, int], float, np.ndarray] | None = None
+    near: tuple[tuple[float, int], float, np.ndarray] | None = None
     for chunk in resize.chunks(rows):
         # the mean of a probability is at most 1: no later prediction can score more than this
         ceiling = float(prob[chunk[0]])
-        if best is not None and ceiling < (score_threshold if nearest_box else min(best[0], score_threshold)):
+        if best is not None and ceiling < (score_threshold if near else min(best[0], score_threshold)):
             break
         soft = resize(mask_logits[chunk]).sigmoid()
         inside = soft > mask_threshold
@@ -281,11 +284,11 @@ def prompted(
                 best = (score, mask)
             if score < score_threshold:
                 continue
-            overlap = (_box_iou(_box(mask), box), row)
-            if nearest_box is None or overlap > nearest_box[0]:
-                nearest_box = (overlap, score, mask)
+            overlap = (_box_iou(_box(mask), box) if nearest_by == "box" else _mask_iou(mask, drawn), row)
+            if near is None or overlap > near[0]:
+                near = (overlap, score, mask)
     assert best is not None, "there is always a best prediction"
-    score, mask = best if nearest_box is None else nearest_box[1:]
+    score, mask = best if near is None else near[1:]
     return Segment(encode(mask), 0, score)
 
 
@@ -330,3 +333,8 @@ def _box_iou(a: tuple[int, int, int, int] | None, b: tuple[int, int, int, int] |
     inter = max(height, 0) * max(width, 0)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     return inter / (sum(areas) - inter)
+
+
+def _mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 0.0

@@ -8,7 +8,9 @@ from model_cases import CATEGORIES, TALK, TWO_TURNS, alone, batch, kinds, model
 from torch import Tensor
 
 from xseg.errors import UserError
+from xseg.models.configuration import XSegConfig
 from xseg.models.mask_decoder import Groups
+from xseg.models.region_sampler import sample_regions
 from xseg.types import Batch, ModelOutput
 
 torch.set_num_threads(1)
@@ -179,3 +181,31 @@ def test_encoder_and_decoder_compile_into_one_graph(decoder: str) -> None:
     compiled = torch.compile(decode, backend="eager", fullgraph=True)
     for ours, plain in zip(compiled(whole.mask_pixels, seg), decode(whole.mask_pixels, seg), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_region_of_several_rows_stands_where_its_sentinel_does() -> None:
+    made, batch = model().eval(), kinds()["regions"]
+    made.config.region_rows = 4
+    with torch.no_grad():
+        features = made.encode_images(batch.llm_pixels, batch.mask_pixels)
+        layout, rows = made.embed(batch, features)
+        assert features.cells is not None
+        prompts = sample_regions(features.cells, batch.prompt_image, batch.prompt_mask, rows=4)
+        for (sample, position), own in zip(batch.region_position.tolist(), prompts, strict=True):
+            first = int(layout.start[sample, position])
+            assert torch.equal(rows[sample, first : first + 4], own)
+            assert int(layout.start[sample, position + 1]) == first + 4
+        assert not torch.equal(prompts[0, 0], prompts[0, 3])
+        one = sample_regions(features.cells, batch.prompt_image, batch.prompt_mask)
+        assert (one[:, 0] >= prompts.amax(1)).all(), "a maximum is above every mean"
+    with pytest.raises(UserError, match=r"region_rows = 3: .*256 points"):
+        XSegConfig(region_rows=3)
+
+
+@pytest.mark.parametrize("clamp", [500.0, 50.0])
+def test_class_logits_are_clamped_where_the_profile_says(clamp: float) -> None:
+    made = model(logit_clamp=clamp).eval()
+    with torch.no_grad():
+        made.segmentor.class_head.logit_scale.fill_(8.0)  # exp(8) = 2981
+        logits = made(kinds()["categories"]).class_logits
+    assert logits.abs().max() == clamp

@@ -97,14 +97,89 @@ def test_sam_equals_transformers_from_both_layouts(tmp_path: Path, patch: int, w
             torch.testing.assert_close(state, theirs[number], rtol=1e-5, atol=1e-5 * theirs[number].abs().max().item())
 
 
+RELEASED_SAM = {
+    "base": {"num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
+    "large": {"num_hidden_layers": 24, "num_attention_heads": 16, "global_attn_indexes": [5, 11, 17, 23]},
+    "huge": {"num_hidden_layers": 32, "num_attention_heads": 16, "global_attn_indexes": [7, 15, 23, 31]},
+}
+"""Blocks, heads and global blocks of the three released encoders; windows of 14 everywhere."""
+
+
+def eager_sam(folder: Path, **sizes: Any) -> Any:
+    """SAM's encoder as transformers computes it in its plain way, saved to ``folder``."""
+    given = {**SAM, "patch_size": 16, "window_size": 14, "mlp_dim": 48, **sizes, "attn_implementation": "eager"}
+    source = random(SamVisionModel(SamVisionConfig(**given)))
+    source.save_pretrained(folder)
+    return source
+
+
+def equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest magnitude."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("name", RELEASED_SAM)
 @torch.no_grad()
-def test_siglip_equals_transformers(tmp_path: Path) -> None:
-    source = random(SiglipVisionModel(SiglipVisionConfig(**SIGLIP)))
+def test_sam_of_the_released_depths_equals_transformers(tmp_path: Path, name: str) -> None:
+    sizes = RELEASED_SAM[name]
+    width = 2 * sizes["num_attention_heads"]
+    source = eager_sam(tmp_path, image_size=256, hidden_size=width, **sizes)
+    wanted = [*sizes["global_attn_indexes"], sizes["num_hidden_layers"] - 1]
+    model, (report,) = loaded(sam={"pretrained": str(tmp_path)}, segmentor={**SEGMENTOR, "connector_layers": [1, 2, 3]})
+    assert not report.resized and not report.fresh and not report.unexpected
+    pixels = torch.randn(1, 3, 256, 256)
+    theirs = source.vision_encoder(pixels, output_hidden_states=True).hidden_states
+    for number, state in zip(wanted, model.segmentor.sam(pixels, wanted), strict=True):
+        equal(state, theirs[number])
+
+
+@torch.no_grad()
+def test_sam_equals_transformers_on_its_own_grid_of_64(tmp_path: Path) -> None:
+    source = eager_sam(tmp_path, image_size=1024, hidden_size=16)
+    model, _ = loaded(sam={"pretrained": str(tmp_path)}, segmentor={**SEGMENTOR, "connector_layers": [0, 1, 2]})
+    pixels = torch.randn(1, 3, 1024, 1024)
+    theirs = source.vision_encoder(pixels, output_hidden_states=True).hidden_states
+    for state, wanted in zip(model.segmentor.sam(pixels, range(3)), theirs, strict=True):
+        equal(state, wanted)
+
+
+@torch.no_grad()
+def test_a_grid_of_64_on_a_smaller_canvas_is_resized_as_sam_does(tmp_path: Path) -> None:
+    """SAM stretches its relative tables itself, by the length it meets; its grid is bicubic, as in ViTDet."""
+    source = eager_sam(tmp_path, image_size=1024, hidden_size=16)
+    sizes = source.config.to_dict() | {"image_size": 768, "attn_implementation": "eager"}
+    smaller = SamVisionModel(SamVisionConfig(**sizes)).eval().vision_encoder
+    state = source.vision_encoder.state_dict()
+    grid = state.pop("pos_embed").permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(48, 48), mode="bicubic", align_corners=False)
+    for name in [n for n in state if n.startswith("layers.1.attn.rel_pos_")]:
+        assert len(state[name]) == 127
+        setattr(smaller.layers[1].attn, name.rpartition(".")[2], torch.nn.Parameter(state[name].clone()))
+    smaller.load_state_dict({**state, "pos_embed": grid.permute(0, 2, 3, 1)})
+    given = {**SAM, "patch_size": 16, "window_size": 14, "hidden_size": 16, "image_size": 768}
+    given["pretrained"] = str(tmp_path)
+    model, (report,) = loaded(sam=given, segmentor={**SEGMENTOR, "connector_layers": [0, 1, 2]})
+    assert len(report.resized) == 3 and "(127, 8) there, (95, 8) here" in str(report)
+    pixels = torch.randn(1, 3, 768, 768)
+    theirs = smaller(pixels, output_hidden_states=True).hidden_states
+    for state, wanted in zip(model.segmentor.sam(pixels, range(3)), theirs, strict=True):
+        equal(state, wanted)
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "depth", "heads"), [(32, 8, 3, 2), (224, 16, 12, 12), (384, 14, 27, 16), (512, 16, 12, 12)]
+)
+@torch.no_grad()
+def test_siglip_equals_transformers(tmp_path: Path, image: int, patch: int, depth: int, heads: int) -> None:
+    sizes = {"image_size": image, "patch_size": patch, "num_hidden_layers": depth, "num_attention_heads": heads}
+    given = {**SIGLIP, **sizes, "hidden_size": 2 * heads}
+    source = random(SiglipVisionModel(SiglipVisionConfig(**given, attn_implementation="eager")))
     source.save_pretrained(tmp_path / "siglip")
     model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")})
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(1, 3, image, image)
     theirs = source(pixels, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(model.siglip(pixels), theirs, rtol=1e-5, atol=1e-5)
+    assert theirs.shape[1] == (image // patch) ** 2
+    equal(model.siglip(pixels), theirs)
     assert not report.resized
 
 

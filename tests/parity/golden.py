@@ -197,7 +197,7 @@ def region_ranks(stored: dict[str, np.ndarray]) -> Tensor:
 
 
 def config_from(folder: str, *, head: str = "", parts: tuple[str, ...] = ("segmentor", "siglip", "llm")) -> XSegConfig:
-    """The XSegConfig of a golden folder's ``config.json``."""
+    """The XSegConfig of a golden folder's ``config.json``, with the semantics of its code line."""
     sizes = json.loads((ROOT / folder / "config.json").read_text())
     m2f, has = sizes["mask2former"], lambda part: part in sizes and part in parts
     connector = sizes["connector"]
@@ -217,7 +217,10 @@ def config_from(folder: str, *, head: str = "", parts: tuple[str, ...] = ("segme
         "num_labels": 7 if head == "labels" else 0,
     }
     language = {"model_type": "phi3", **sizes["phi3"]} if has("llm") or ("phi3" in sizes and "llm" in parts) else None
+    main = folder.startswith("main")
+    segmentor |= {"logit_clamp": 50.0, "pad_logit": -1e6} if main else {}
     return XSegConfig(
+        region_rows=64 if main else 1,
         sam_config=sizes["sam"],
         siglip_config=sizes["siglip"] if has("siglip") else None,
         text_config={k: v for k, v in language.items() if k != "vocab_after_resize"} if language else None,

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from xseg.config import ModelRecipe, load_recipe
+from xseg.models import released, shards
 from xseg.models.build import build_config, build_model
 from xseg.models.key_maps import to_official, unified
+from xseg.models.shards import Stored
 
 GOLDEN = os.environ.get("XSEG_GOLDEN", "")
 UNUSED = "segmentor.shared_image_embedding.positional_embedding"
@@ -41,3 +43,28 @@ def test_every_key_and_shape(stage: int) -> None:
     assert not set(ours) - set(wanted)
     differing = {name: (shape, wanted[name]) for name, shape in ours.items() if shape != wanted[name]}
     assert not {n: d for n, d in differing.items() if d != ((), (1,))}
+
+
+@pytest.mark.skipif(not GOLDEN, reason="XSEG_GOLDEN names no folder of golden outputs")
+@pytest.mark.parametrize("line", ["main", "archive"])
+@pytest.mark.parametrize("stage", [0, 1], ids=["stage 1", "stage 3"])
+def test_import_explains_every_tensor_of_the_released_sizes(
+    stage: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing missing and nothing unexpected, under the names of either code line; only the tables of contents."""
+    names = listed()[stage]
+    if line == "archive":
+        names = {n.replace("vision_encoder.", "visual_encoder."): shape for n, shape in names.items()}
+        names = {n.replace("class_predictor.logit_scale", "logit_scale"): shape for n, shape in names.items()}
+        names = {n.replace("class_predictor.predictor.", "class_predictor."): shape for n, shape in names.items()}
+    there = {n: Stored(Path("a.bin"), n, shape, torch.bfloat16) for n, shape in names.items()}
+    monkeypatch.setattr(shards, "catalog", lambda source: there)
+    found = released.inspect(Path("a.bin"))
+    parts, head, labels = ((["segmentor"], "labels", 133), (["segmentor", "siglip", "llm"], "concepts", 0))[stage]
+    assert found.parts == parts
+    config = build_config(load_recipe(ModelRecipe, "paper"), parts, head, labels, 32064 if stage else None)
+    with torch.device("meta"):
+        skeleton = build_model(config)
+    pieces, report = released.plan(found, skeleton, {}, 0.0)
+    assert not (report.fresh or report.unexpected or report.mismatched)
+    assert set(pieces) == set(skeleton.state_dict()) and len(found.weights) == len(names) - (UNUSED in names)

@@ -63,7 +63,12 @@ def test_region_sampler_replays_the_recorded_points() -> None:
     cells = tensor(stored["in.feats"]).unflatten(1, (8, 8))
     prompts = tensor(np.concatenate(masks))
     ours = sample_regions(cells, image, prompts, 256, tensor(np.stack(ranks).astype(np.int64)))
-    golden.close(ours, np.concatenate([stored[f"out.region_feats.{i}"] for i in range(2)]))
+    golden.close(ours[:, 0], np.concatenate([stored[f"out.region_feats.{i}"] for i in range(2)]))
+    # Branch main gives 64 rows: means of four points each, at the same points.
+    rows = sample_regions(cells, image, prompts, 256, tensor(np.stack(ranks).astype(np.int64)), rows=64)
+    for i, first in enumerate((0, len(masks[0]))):
+        points = tensor(stored[f"out.point_feats_first_mask.{i}"])
+        golden.close(rows[first], points.unflatten(0, (64, 4)).mean(1).numpy(), "64 rows")
 
 
 def splice(stored: dict[str, np.ndarray], name: str) -> tuple[Layout, Tensor]:
@@ -84,7 +89,7 @@ def splice(stored: dict[str, np.ndarray], name: str) -> tuple[Layout, Tensor]:
     words = golden.weights("archive")["llm.model.embed_tokens.weight"][ids.clamp(min=0)]
     rows = torch.cat([tensor(stored["in.pixel_rows"]), tensor(stored["in.extra_rows"])], 1).expand(len(ids), -1, -1)
     layout = Layout.of(batch, rows.shape[1])
-    return layout, layout.splice(batch, words, rows, tensor(stored["in.region_rows"])[: len(regions)])
+    return layout, layout.splice(batch, words, rows, tensor(stored["in.region_rows"])[: len(regions), None])
 
 
 # "adjacent" and "image_first" hold a fault: text moves in front of an image that comes first or of touching sentinels.

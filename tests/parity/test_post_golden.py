@@ -175,6 +175,27 @@ def test_the_object_a_prompt_points_at(case: Any) -> None:
         assert found.score == pytest.approx(record["score"], abs=1e-5)
 
 
+def test_branch_main_ranks_by_the_masks_and_then_another_query_wins() -> None:
+    """The spread prompt: a small object whose box is nearest, and another whose pixels are."""
+    stored, name = Stored("post_golden", next(c[4] for c in POINTED if "spread" in c[1])), "intseg_spread_thr0.0"
+    found = {}
+    for i in stored.images():
+        prompt = stored.arrays[f"post.{name}.vprompt_masks.{i}"][0]
+        given = stored.masks[i], stored.classes[i], stored.geometry[i]
+        by_box = postprocess.prompted(*given, encode(prompt), score_threshold=0.0)
+        by_mask = postprocess.prompted(*given, encode(prompt), score_threshold=0.0, nearest_by="mask")
+        candidates = [s for s in postprocess.instances(*given, score_threshold=0.0) if s.category == 0]
+        overlaps = [overlap(decode(s), prompt) for s in candidates]
+        assert overlap(decode(by_mask), prompt) == max(overlaps)
+        found[i] = overlap(decode(by_mask), prompt) - overlap(decode(by_box), prompt)
+    assert max(found.values()) > 0, "nearest_by is needed: the two rules choose another query here"
+
+
+def overlap(mask: np.ndarray, prompt: np.ndarray) -> float:
+    a, b = mask.astype(bool), prompt.astype(bool)
+    return float((a & b).sum() / (a | b).sum())
+
+
 @pytest.mark.parametrize("case", INSTANCE, ids=name_of)
 def test_instances(case: Any) -> None:
     stem, name, _, options, columns, extra = case

@@ -9,10 +9,11 @@ import pytest
 import torch
 from perfect import LOUD, geometry_of, perfect_output
 
+from xseg import postprocess
 from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.tasks import conversation, generic_seg, refer_seg
-from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn
+from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn, ViewGeometry
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -212,3 +213,17 @@ def test_conversation_answer_is_scored_by_kind() -> None:
         "exact match:colour": 100,
         "exact match:count": 0,
     }
+
+
+def test_semantic_maps_are_averaged_where_the_option_says() -> None:
+    sample = generic_seg.Task.example()
+    g, draw = ViewGeometry(sample.size, (4, 6), 6), torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 1, 6, 5, generator=draw) * 3
+    output = ModelOutput(torch.randn(1, 1, 6, 4, 4, generator=draw) * 9, logits, torch.zeros(0, 8), torch.zeros(0))
+    given = output.mask_logits[0, 0], output.class_logits[0, 0], g
+    found = {}
+    for average in ("canvas", "original"):
+        task = generic_seg.Task(outputs=("semantic",), semantic_average=average)  # type: ignore[arg-type]
+        found[average] = task.decode(output, [0], sample, g).semantic
+        assert np.array_equal(found[average], postprocess.semantic(*given, average=average))  # type: ignore[arg-type]
+    assert not np.array_equal(found["canvas"], found["original"])

@@ -11,7 +11,7 @@ from perfect import LOUD, geometry_of, perfect_output
 
 from xseg.errors import UserError
 from xseg.geometry import prompts, strokes
-from xseg.geometry.masks import area, decode, iou, row_rle
+from xseg.geometry.masks import area, decode, encode, iou, row_rle
 from xseg.metrics import truth
 from xseg.metrics.video import RegionAndOutline
 from xseg.tasks import interactive_seg, vgd_seg
@@ -233,3 +233,21 @@ def _one(mask: np.ndarray) -> Sample:
 
     masks = Masks((60, 60), id_map=mask.astype(np.int32), ids=(1,))
     return Sample("one", (), (60, 60), masks, (Instance(0, -1),))
+
+
+@pytest.mark.parametrize(("nearest_by", "winner"), [("box", 1), ("mask", 0)])
+def test_the_nearest_candidate_by_box_or_by_pixels(nearest_by: str, winner: int) -> None:
+    """Two candidates for a block: one covers half of it, the other is its frame, whose box is the block's own."""
+    task, sample = pointed(kinds=("mask",), nearest_by=nearest_by)
+    block = prompts.from_points((16, 24), [(4, 4)])
+    block[2:8, 2:8] = True
+    sample = dataclasses.replace(
+        sample, phrases=sample.phrases[:1], instances=(Instance(0, -1, prompts={"mask": encode(block)}),)
+    )
+    g = geometry_of(sample)
+    masks = torch.full((1, 1, 2, 24, 24), -LOUD)
+    masks[0, 0, 0, 2:8, 2:7] = LOUD
+    masks[0, 0, 1, 2:8, 2:8], masks[0, 0, 1, 3:7, 3:7] = LOUD, -LOUD
+    classes = torch.tensor([LOUD, 0.0]).expand(1, 1, 2, 2)
+    (segment,) = task.decode(ModelOutput(masks, classes, torch.zeros(0, 8), torch.zeros(0)), [0], sample, g).segments
+    assert area(segment.mask) == (30, 20)[winner]

@@ -10,28 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from small_models import LLM, SAM, SEGMENTOR, SIGLIP
+from small_models import save_model
 
-from xseg.config import ModelRecipe
-from xseg.infer.processing import XSegProcessor
 from xseg.ui.cli import main
-
-
-def save_model(folder: Path, parts: tuple[str, ...], head: str) -> Path:
-    from xseg.models import checkpoint
-    from xseg.models.build import build_config, build_model
-
-    recipe = ModelRecipe(
-        sam=SAM, siglip=SIGLIP, llm=LLM, segmentor=SEGMENTOR, tokenizer="examples/tiny_parts/phi", max_tokens=512
-    )
-    processor = XSegProcessor.from_recipe(recipe, parts)
-    torch.manual_seed(0)
-    words = len(processor.encoder.tokenizer) if processor.encoder else 0
-    checkpoint.save(build_model(build_config(recipe, parts, head, 13, words)), folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -116,11 +116,14 @@ def load(folder: str | Path | None = None, device: str | None = None) -> tuple[P
 
     Without a folder the shipped ShapeWorld model is opened. ``device`` is "cuda" where there is one, else "cpu";
     there, weights stored in half precision become float32, which is what a CPU is fast and exact in. ``model.model``
-    is the bare XSegModel. Raises UserError when the folder holds no xseg model.
+    is the bare XSegModel. Raises UserError when the folder holds no xseg model, or a damaged or incomplete one.
     """
     folder = default_model() if folder is None else Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = checkpoint.read_config(folder)
     processor = XSegProcessor.from_pretrained(folder)
+    if processor.encoder is not None:
+        checkpoint.check_vocabulary(folder, config, len(processor.encoder.tokenizer))
     model = checkpoint.load(folder, torch.float32 if device == "cpu" else None).eval()
     model.to(device)
     return Predictor(model, processor), processor

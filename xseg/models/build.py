@@ -55,6 +55,7 @@ def build_config(
         llm_sees=recipe.llm_sees,
         llm_rows=recipe.llm_rows,
         llm_normed_rows=recipe.llm_normed_rows,
+        region_rows=recipe.region_rows,
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
         text_config=text,

@@ -18,6 +18,12 @@ from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 
 SHOWN = 8
+LOADING_FAULTS = {
+    "mismatched_keys": "other sizes than those of",
+    "unexpected_keys": "another architecture than that of",
+    "missing_keys": "incomplete: tensors are missing for",
+}
+"""What transformers found when it opened a folder -> how it is said; the first that is there counts."""
 HEADS = ("segmentor.class_head.", "segmentor.pixel_classifier.")
 
 
@@ -91,11 +97,17 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> XSegM
     """
     folder = Path(folder)
     read_config(folder)
-    opened: Any = XSegModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    shards.catalog(folder)  # names damaged files and pickles with code, which transformers would show as tracebacks
+    opened: Any = XSegModel.from_pretrained(
+        folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
     model, info = opened
-    faults = [f"{k}: {', '.join(sorted(map(str, v))[:SHOWN])}" for k, v in info.items() if v and "keys" in k]
-    if faults:
-        raise UserError(f"{folder}: weights do not fit their own config.json ({'; '.join(faults)}); save it again")
+    for kind, what in LOADING_FAULTS.items():
+        if info[kind]:
+            names = ", ".join(sorted(map(str, info[kind]))[:SHOWN])
+            raise UserError(f"{folder}: {what} its own config.json: {names}; copy it again, or save the model anew")
+    for name, value in model.state_dict().items():
+        shards.check_finite(folder, name, value)
     model.freeze_unread()
     return model  # type: ignore[no-any-return]
 
@@ -120,22 +132,42 @@ def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]
     """Lay earlier stages over a model, in order, and report each.
 
     A tensor with no place or of another shape is an error, and so is a part that is filled by half, but for what this
-    stage replaces: a class head of another kind, and parts that are not built here.
+    stage replaces: a class head of another kind, and parts that are not built here. Raises UserError for that, for
+    another vocabulary, and for damaged folders.
     """
     reports = []
     for folder in folders:
-        read_config(Path(folder))
+        config = read_config(Path(folder))
+        if model.config.text_config is not None:
+            check_vocabulary(folder, config, model.config.text_config.vocab_size)
         report = assign(model, read_weights(Path(folder)), str(folder))
-        given = {key_maps.part_of(n) for n in report.loaded}
-        missing = [n for n in report.fresh if key_maps.part_of(n) in given and not n.startswith(HEADS)]
-        kept = [n for n in report.unexpected if not _replaced(model, n)]
-        if kept or missing or report.mismatched:
-            raise UserError(
-                f"{folder}: does not fit this model: the sizes in both stages must agree. Use the model recipe that "
-                f"made it.\n{report}"
-            )
+        what = _misfit(model, report)
+        if what:
+            raise UserError(f"{folder}: {what}: use the model recipe that made it, or copy it again\n{report}")
         reports.append(report)
     return reports
+
+
+def _misfit(model: XSegModel, report: LoadReport) -> str:
+    """Why an earlier stage must not be laid over this model; empty = it fits."""
+    given = {key_maps.part_of(n) for n in report.loaded}
+    missing = [n for n in report.fresh if key_maps.part_of(n) in given and not n.startswith(HEADS)]
+    if report.mismatched:
+        return "other sizes than this model's"
+    if missing:
+        return f"incomplete: {len(missing)} tensors of this model are missing in parts that it has"
+    if not report.loaded or any(not _replaced(model, n) for n in report.unexpected):
+        return "another architecture: it holds tensors that have no place in this model"
+    return ""
+
+
+def check_vocabulary(folder: str | Path, config: XSegConfig, words: int) -> None:
+    """Raise UserError when the language model in a folder has another embedding than one row for each of ``words``."""
+    if config.text_config is not None and config.text_config.vocab_size != words:
+        raise UserError(
+            f"{folder}: wrong vocabulary: its embedding has {config.text_config.vocab_size} rows and the tokenizer "
+            f"{words} words (<SEG>, <p>, </p> included): use the tokenizer that it was trained with"
+        )
 
 
 def _replaced(model: XSegModel, name: str) -> bool:
@@ -216,5 +248,11 @@ def load_mask2former(model: XSegModel, folder: Path) -> LoadReport:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder or file: safetensors, or a .bin or .pth that holds nothing but tensors."""
-    return shards.read(shards.catalog(folder))
+    """All tensors of a folder or file: safetensors, or a .bin or .pth that holds nothing but tensors.
+
+    Raises UserError for damaged files, for code in a pickle, and for values that are not finite.
+    """
+    state = shards.read(shards.catalog(folder))
+    for name, value in state.items():
+        shards.check_finite(folder, name, value)
+    return state

@@ -99,6 +99,9 @@ class XSegConfig(PreTrainedConfig):
     """Side of the block of SAM cells that become one row of the language model."""
     region_points: int = 256
     """Points sampled inside a visual prompt."""
+    region_rows: int = 1
+    """Rows of the language model for a visual prompt: 1 = the maximum over its points (the paper and the published
+    weights), more = means of ``region_points / region_rows`` points each (64 on X-SAM's branch main)."""
     seg_token_id: int = -1
     p_open_token_id: int = -1
     p_close_token_id: int = -1
@@ -120,6 +123,11 @@ class XSegConfig(PreTrainedConfig):
         self._check_rows()
 
     def _check_rows(self) -> None:
+        if self.region_rows < 1 or self.region_points % self.region_rows:
+            raise UserError(
+                f"region_rows = {self.region_rows}: the {self.region_points} points of a prompt must divide into as "
+                "many rows: write 1 (the paper) or 64 (branch main)"
+            )
         if self.llm_rows not in ROW_ORDERS:
             raise UserError(f"llm_rows = {self.llm_rows!r}: write one of {', '.join(ROW_ORDERS)}")
         if self.llm_rows == "interleaved" and self.sees("siglip") and self.sees("sam"):

@@ -72,7 +72,7 @@ def generate(
     prompt = llm.hidden_states(model.llm, rows, layout.mask, cache=cache)
     answers = _loop(model, layout, prompt, cache, limits, processors)
     full, queries = complete(batch, answers, model.config)
-    whole = Layout.of(full, 0 if features.rows is None else features.rows.shape[1])
+    whole = model.layout(full, features)
     hidden = _join(layout, whole, prompt, answers.states)
     output = model.segment(full, features, whole, hidden) if full.max_queries and features.maps is not None else None
     sequences = [answers.ids[b, :n].tolist() for b, n in enumerate(answers.lengths)]

@@ -1,4 +1,4 @@
-"""Visual prompts as rows of the language model: the maximum over points inside the prompt (X-SAM section 3.2)."""
+"""Visual prompts as rows of the language model, from points inside the prompt (X-SAM section 3.2)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,13 @@ from torch import Tensor
 
 
 def sample_regions(
-    cells: Tensor, image: Tensor, masks: Tensor, points: int = 256, ranks: Tensor | None = None
+    cells: Tensor, image: Tensor, masks: Tensor, points: int = 256, ranks: Tensor | None = None, *, rows: int = 1
 ) -> Tensor:
-    """Projected SAM cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, D).
+    """Projected SAM cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, rows, D).
 
-    ``ranks`` (P, points) choose among a prompt's pixels in reading order; by default they are spread evenly, so that
-    the row of a prompt is always the same. An empty prompt gives a zero row.
+    One row is the maximum over all points (the paper); more are the means of as many runs of points, one after the
+    other (branch main: 64 of 4 points each). ``ranks`` (P, points) choose among a prompt's pixels in reading order; by
+    default they are spread evenly, so that the rows of a prompt are always the same. An empty prompt gives zero rows.
     """
     inside = masks.flatten(1) > 0
     count = inside.sum(1, keepdim=True)
@@ -24,5 +25,6 @@ def sample_regions(
     xy = torch.stack((pixel % side, pixel // side), -1).float() / side
     maps = cells.permute(0, 3, 1, 2).float()[image]
     found = F.grid_sample(maps, 2 * xy[:, None] - 1, mode="bilinear", padding_mode="zeros", align_corners=True)
-    best = found[:, :, 0].amax(-1)
-    return torch.where(count > 0, best, 0.0).to(cells.dtype)
+    runs = found[:, :, 0].transpose(1, 2).unflatten(1, (rows, -1))
+    pooled = runs.amax(2) if rows == 1 else runs.mean(2)
+    return torch.where(count[:, None] > 0, pooled, 0.0).to(cells.dtype)

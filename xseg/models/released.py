@@ -206,9 +206,5 @@ def _made(pieces: Mapping[str, Piece], alpha: float) -> dict[str, Tensor]:
     read = shards.read(wanted)
     made = {name: piece.make(lambda s: read[f"{s.file}:{s.key}"], alpha) for name, piece in pieces.items()}
     for name, value in made.items():
-        if not torch.isfinite(value).all():
-            stored = pieces[name].weight
-            raise UserError(
-                f"{stored.file}: corrupted tensor {stored.key}: it holds values that are not finite; copy it again"
-            )
+        shards.check_finite(pieces[name].weight.file, pieces[name].weight.key, value)
     return made

@@ -4,8 +4,6 @@ Tensors are mapped from the disk, not copied: a file of any size costs only what
 """
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xseg.errors import UserError
+from xseg.models import pickles, zero
+from xseg.models.zero import Cut
 
 WRAPPERS = ("state_dict", "module", "model")
 """Keys under which training frameworks keep the state."""
 KINDS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 """Looked for in this order; the first kind that a folder has is taken."""
-ZIP = b"PK\x03\x04"
 LIMIT = 1_000_000_000
 """Most bytes of one written file. Reading and writing one at a time bounds the memory."""
 
@@ -35,6 +34,8 @@ class Stored:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    cut: Cut | None = None
+    """Its slices, where ZeRO-3 cut it; None = it lies whole under ``key``."""
 
     @property
     def bytes(self) -> int:
@@ -48,8 +49,15 @@ def catalog(source: Path) -> dict[str, Stored]:
     Raises UserError for a missing, damaged or incomplete source, and for pickles that hold more than tensors.
     """
     out: dict[str, Stored] = {}
-    for file in files(source):
-        check_sums(file)
+    found = files(source)
+    states = [file for file in found if file.name.endswith("_model_states.pt")]
+    if zero.is_cut([file.name for file in states]):
+        cuts, whole, file = zero.catalog(states[0].parent)
+        out = {name: Stored(cut.files[0], name, cut.shape, cut.dtype, cut) for name, cut in cuts.items()}
+        buffers = opened(file)
+        return out | {n: Stored(file, n, tuple(buffers[n].shape), buffers[n].dtype) for n in whole}
+    for file in found:
+        pickles.check_sums(file)
         for name, tensor in opened(file).items():
             if name in out:
                 raise UserError(f"{file}: {name} also lies in {out[name].file.name}: keep one copy of the weights here")
@@ -68,7 +76,8 @@ def files(source: Path) -> list[Path]:
     for pattern in KINDS:
         found = sorted(p for p in source.glob(pattern) if "optim_states" not in p.name)
         if found:
-            return _whole(source, found)
+            # ZeRO keeps what else a run needs beside the weights.
+            return [p for p in found if p.name.endswith("_model_states.pt")] or found
     nested = sorted(source.glob("*/*_model_states.pt"))
     latest = source / "latest"
     if nested and latest.is_file():
@@ -87,60 +96,14 @@ def _listed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _whole(folder: Path, found: list[Path]) -> list[Path]:
-    """ZeRO-1 and -2 keep the whole model in one file; ZeRO-3 and model parallelism cut every tensor."""
-    states = [p for p in found if p.name.endswith("_model_states.pt")]
-    if any(p.name.startswith("zero_pp_rank") for p in states) or len(states) > 1:
-        raise UserError(
-            f"{folder}: a ZeRO-3 or model-parallel checkpoint, whose tensors are cut over {len(states)} files: join "
-            "them with DeepSpeed's own zero_to_fp32.py, which lies beside them, and name what it writes"
-        )
-    return states or found
-
-
-def check_sums(file: Path) -> None:
-    """Compare a torch file's records with the sums it was written with. Raises UserError for a difference."""
-    if not zipfile.is_zipfile(file):
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{file}: damaged or cut short ({error}); copy it again") from error
-    if bad:
-        raise UserError(f"{file}: damaged: the bytes of {bad} do not fit the check sum beside them; copy it again")
-
-
 def opened(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, unwrapped and mapped from the disk. Raises UserError for everything but tensors."""
+    if file.suffix != ".safetensors":
+        return _unwrapped(file, pickles.load(file))
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with file.open("rb") as stream:
-            is_zip = stream.read(len(ZIP)) == ZIP
-        if is_zip and not zipfile.is_zipfile(file):
-            raise EOFError("its end is not there")
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise UserError(_refused(file, error)) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: damaged or cut short ({error}); copy it again") from error
-    return _unwrapped(file, state)
-
-
-def _refused(file: Path, error: Exception) -> str:
-    said = str(error)
-    if "global" not in said.lower():
-        return f"{file}: damaged, or no file of weights ({said.splitlines()[0]}); copy it again"
-    word = next((w for line in said.splitlines() if "GLOBAL" in line for w in _behind(line)), "an object")
-    return (
-        f"{file}: holds code ({word}) beside its tensors, which is never run here: write its tensors alone with "
-        "torch.save or safetensors where you trust it, and name that file"
-    )
-
-
-def _behind(line: str) -> list[str]:
-    return line.split("GLOBAL", 1)[1].split()[:1]
 
 
 def _unwrapped(file: Path, state: Any) -> dict[str, Tensor]:
@@ -158,8 +121,15 @@ def _unwrapped(file: Path, state: Any) -> dict[str, Tensor]:
 
 def read(wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
     """The tensors of ``wanted``, each file opened once."""
-    handles = {file: opened(file) for file in dict.fromkeys(s.file for s in wanted.values())}
-    return {name: handles[stored.file][stored.key] for name, stored in wanted.items()}
+    cut = zero.joined({name: stored.cut for name, stored in wanted.items() if stored.cut is not None})
+    handles = {file: opened(file) for file in dict.fromkeys(s.file for n, s in wanted.items() if n not in cut)}
+    return {n: cut[n] if n in cut else handles[stored.file][stored.key] for n, stored in wanted.items()}
+
+
+def check_finite(place: Path, name: str, value: Tensor) -> None:
+    """Raise UserError for a tensor of ``place`` that holds infinities or no numbers: no training leaves such."""
+    if not torch.isfinite(value).all():
+        raise UserError(f"{place}: corrupted tensor {name}: it holds values that are not finite; copy it again")
 
 
 def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

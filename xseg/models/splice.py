@@ -14,24 +14,24 @@ class Layout:
     """Where the T tokens of each sample stand among the n rows after splicing."""
 
     start: Tensor
-    """(B, T) first row of each token; an image has many rows."""
+    """(B, T) first row of each token; an image has many rows, a region may have several."""
     total: Tensor
     """(B,) rows of each sample."""
     mask: Tensor
     """(B, n) bool, True on rows; at least one per sample, so that attention is defined."""
 
     @classmethod
-    def of(cls, batch: Batch, image_rows: int) -> "Layout":
-        """Lay a batch out; every image has ``image_rows`` rows, everything else one."""
-        is_image = batch.input_ids == SENTINELS["<image>"]
-        size = torch.where(is_image, image_rows, 1) * batch.attention_mask
+    def of(cls, batch: Batch, image_rows: int, region_rows: int = 1) -> "Layout":
+        """Lay a batch out; every image has ``image_rows`` rows, every region ``region_rows``, everything else one."""
+        size = torch.where(batch.input_ids == SENTINELS["<image>"], image_rows, 1)
+        size = torch.where(batch.input_ids == SENTINELS["<region>"], region_rows, size) * batch.attention_mask
         total = size.sum(1)
         length = int(total.max())
         mask = torch.arange(length, device=total.device) < total[:, None].clamp(min=1)
         return cls(size.cumsum(1) - size, total, mask)
 
     def splice(self, batch: Batch, words: Tensor, images: Tensor | None, regions: Tensor | None) -> Tensor:
-        """Words (B, T, D), image rows (I, r, D), region rows (P, D) -> (B, n, D); padding is zero."""
+        """Words (B, T, D), image rows (I, r, D), region rows (P, k, D) -> (B, n, D); padding is zero."""
         samples, length = self.mask.shape
         stride = length + 1  # the last row of each sample is a bin for what has no place
         is_word = batch.attention_mask & (batch.input_ids >= 0)
@@ -40,12 +40,12 @@ class Layout:
         rows = words.new_zeros(samples * stride, words.shape[-1]).index_copy(0, target.flatten(), words.flatten(0, 1))
         if images is not None and len(batch.image_slot):
             sample, position, image = batch.image_slot.unbind(1)
-            first = self.start[sample, position] + base[sample]
-            place = first[:, None] + torch.arange(images.shape[1], device=words.device)
-            rows = rows.index_copy(0, place.flatten(), images[image].flatten(0, 1).to(rows.dtype))
+            place = _run(self.start[sample, position] + base[sample], images.shape[1])
+            rows = rows.index_copy(0, place, images[image].flatten(0, 1).to(rows.dtype))
         if regions is not None and len(batch.region_position):
             sample, position = batch.region_position.unbind(1)
-            rows = rows.index_copy(0, self.start[sample, position] + base[sample], regions.to(rows.dtype))
+            place = _run(self.start[sample, position] + base[sample], regions.shape[1])
+            rows = rows.index_copy(0, place, regions.flatten(0, 1).to(rows.dtype))
         return rows.view(samples, stride, -1)[:, :length]
 
     def supervised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,3 +62,8 @@ class Layout:
         rows = first[:, None] + torch.arange(width, device=spans.device)
         real = rows < end[:, None]
         return torch.where(real, rows, first[:, None]), real
+
+
+def _run(first: Tensor, count: int) -> Tensor:
+    """(n,) first rows -> (n * count,) the rows from each of them on."""
+    return (first[:, None] + torch.arange(count, device=first.device)).flatten()

@@ -137,18 +137,23 @@ class XSegModel(PreTrainedModel):
         layout, rows = self.embed(batch, features, ranks)
         return layout, llm.hidden_states(self.llm, rows, layout.mask)
 
+    def layout(self, batch: Batch, features: ImageFeatures) -> Layout:
+        """Where the tokens of ``batch`` stand once images and regions are spliced in."""
+        return Layout.of(batch, 0 if features.rows is None else features.rows.shape[1], self.config.region_rows)
+
     def embed(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None = None) -> tuple[Layout, Tensor]:
         """What the language model reads: (B, n, D). ``ranks`` are the points of ``sample_regions``."""
         if not hasattr(self, "llm"):
             raise UserError("this model has no language part but the batch has text: load a later stage, or drop it")
-        layout = Layout.of(batch, 0 if features.rows is None else features.rows.shape[1])
+        layout = self.layout(batch, features)
         words = self.llm.get_input_embeddings()(batch.input_ids.clamp(min=0))
         regions = None
         if len(batch.prompt_image):
             if features.cells is None:
                 raise UserError(f"{batch.keys}: <region> is read from SAM's rows: build SAM, with 'sam' in llm_sees")
             prompts = batch.prompt_image, batch.prompt_mask
-            regions = sample_regions(features.cells, *prompts, self.config.region_points, ranks)
+            points, count = self.config.region_points, self.config.region_rows
+            regions = sample_regions(features.cells, *prompts, points, ranks, rows=count)
         return layout, layout.splice(batch, words, features.rows, regions)
 
     def segment(

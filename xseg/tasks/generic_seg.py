@@ -57,6 +57,9 @@ class Task(base.Base):
     """Least part of a query's mask that must win its pixels for a panoptic segment."""
     top_k: int = 200
     """Number of instance candidates per image."""
+    semantic_average: Literal["canvas", "original"] = "canvas"
+    """Where class and mask probabilities are multiplied: on the canvas, then resized (the paper), or in original pixels
+    (X-SAM's branch main)."""
 
     name: ClassVar[str] = "generic_seg"
 
@@ -113,7 +116,7 @@ class Task(base.Base):
                 overlap=self.overlap,
             )
         if "semantic" in self.outputs:
-            semantic = postprocess.semantic(mask_logits, logits, g)
+            semantic = postprocess.semantic(mask_logits, logits, g, average=self.semantic_average)
         extra: dict[str, Any] = {}
         if "instance" in self.outputs:
             found = postprocess.instances(

@@ -50,8 +50,10 @@ class Task(base.Base):
     max_objects: int = 8
     """Training: of a sample with more objects, this many are drawn."""
     score_threshold: float = 0.5
-    """Decoder queries at least this sure of the prompt are candidates; the box nearest to the prompt's wins."""
+    """Decoder queries at least this sure of the prompt are candidates; the one nearest to the prompt wins."""
     mask_threshold: float = 0.5
+    nearest_by: Literal["box", "mask"] = "box"
+    """What says how near a candidate is: the IoU of the boxes (the paper) or of the masks (X-SAM's branch main)."""
 
     name: ClassVar[str] = "interactive_seg"
 
@@ -102,6 +104,7 @@ class Task(base.Base):
                 prompt_of(sample, place, phrase.kind, fixed(sample, place)),
                 score_threshold=self.score_threshold,
                 mask_threshold=self.mask_threshold,
+                nearest_by=self.nearest_by,
             )
             segments.append(Segment(best.mask, 0, best.score, phrase.kind))
             named = [base.target(sample, [place], phrase.kind)]

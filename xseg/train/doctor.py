@@ -18,7 +18,7 @@ from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.models import pixel_decoder
 from xseg.models.build import build_config, location
-from xseg.models.checkpoint import read_config
+from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
 from xseg.train import assemble, optim
 from xseg.train.stage import Stage, check_compiler, read_stage
@@ -159,14 +159,9 @@ def vocabulary(stage: Stage, processor: XSegProcessor) -> None:
     """Raise UserError when an earlier stage's embedding has other rows than the tokenizer has words."""
     if processor.encoder is None:
         return
-    words = len(processor.encoder.tokenizer)
     for earlier in stage.recipe.init_from:
-        text = read_config(Path(earlier).expanduser()).text_config
-        if text is not None and text.vocab_size != words:
-            raise UserError(
-                f"init_from: {earlier}: its embedding has {text.vocab_size} rows and this stage's tokenizer {words} "
-                "words: use the model recipe (tokenizer) that made it"
-            )
+        folder = Path(earlier).expanduser()
+        check_vocabulary(folder, read_config(folder), len(processor.encoder.tokenizer))
 
 
 def selected(stage: Stage, processor: XSegProcessor) -> XSegModel:
