@@ -22,6 +22,7 @@ from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer.baselines import blind_guess, samples
 from xseg.infer.predictor import LEAST_SCORE, Predictor, device
+from xseg.infer.summary import summary
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -76,7 +77,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
             run.out.rmdir()
         raise
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
-    results = {**head, "rows": rows, "speed": speed}
+    results = {**head, "rows": rows, "summary": summary(suite, rows), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return results

@@ -44,7 +44,7 @@ def mean_map(train: Iterable[Sample], grid: int = 64) -> np.ndarray:
     for sample in train:
         assert sample.categories is not None
         lut = np.array([-1, *(i.category for i in sample.instances)], np.int64)
-        placed = lut[_resized(truth.segment_map(sample), (grid, grid))]
+        placed = lut[resized(truth.segment_map(sample), (grid, grid))]
         if votes is None:
             votes = np.zeros((len(sample.categories.names) + 1, grid, grid), np.int64)
         np.add.at(votes, (placed + 1, *np.indices(placed.shape)), 1)
@@ -57,7 +57,7 @@ def constant_panoptic(category_map: np.ndarray, sample: Sample) -> Prediction:
     """Predict the same category map for every image; each category in it is one segment."""
     categories: Categories | None = sample.categories
     assert categories is not None
-    semantic = _resized(category_map, truth.size_of(sample))
+    semantic = resized(category_map, truth.size_of(sample))
     present = [int(c) for c in np.unique(semantic) if c >= 0]
     segments = tuple(Segment(truth.encode(semantic == c), c, 1.0, categories.names[c]) for c in present)
     id_map = np.zeros(semantic.shape, np.int32)
@@ -67,8 +67,27 @@ def constant_panoptic(category_map: np.ndarray, sample: Sample) -> Prediction:
     return Prediction(sample.key, segments, panoptic=id_map, semantic=semantic, extra={"instances": things})
 
 
-def _resized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest resize of a 2-D map."""
+def named_at_random(sample: Sample, rng: np.random.Generator) -> Prediction:
+    """Predict every annotated segment perfectly and name it at random: things by a thing's name, stuff by stuff's."""
+    categories: Categories | None = sample.categories
+    assert categories is not None
+    kinds = [np.flatnonzero(np.asarray(categories.is_thing, bool) == thing) for thing in (False, True)]
+    found_map = truth.segment_map(sample)
+    segments: list[Segment] = []
+    id_map, semantic = np.zeros(found_map.shape, np.int32), np.full(found_map.shape, -1, np.int64)
+    for number, instance in enumerate(sample.instances, start=1):
+        if instance.is_crowd:
+            continue
+        name = int(rng.choice(kinds[categories.is_thing[instance.category]]))
+        mask = found_map == number
+        segments.append(Segment(truth.encode(mask), name, 1.0, categories.names[name]))
+        id_map[mask], semantic[mask] = len(segments), name
+    things = tuple(s for s in segments if categories.is_thing[s.category])
+    return Prediction(sample.key, tuple(segments), panoptic=id_map, semantic=semantic, extra={"instances": things})
+
+
+def resized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest resize of a 2-D map to (H, W)."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, array.shape, strict=True)
     )

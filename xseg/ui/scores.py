@@ -30,12 +30,41 @@ def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, c
         run = Evaluation(root, out, batch_size, tell, lambda note: console.print(f"note: {note}", markup=False))
         results = evaluate(predictor, recipe, run)
     console.print(table(results))
+    console.print(summary_table(results))
     for row in results["speed"]:
         rate_text = f"{row['samples'] / max(row['seconds'], 1e-9):.1f} samples/s"
         console.print(
             f"{row['dataset']}: {row['samples']} samples in {row['seconds']:.1f} s, {rate_text}", markup=False
         )
     console.print(f"{out / 'results.json'}", markup=False, soft_wrap=True)
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """One line per data set: its headline beside guessing and the maximum, and how much of the way is gone."""
+    out = Table(
+        title="blind = the best guess without looking; closed = the way from there to the maximum that is gone",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("task", "data set", "metric"):
+        out.add_column(name, overflow="fold")
+    for name in ("value", "95 %", "blind", "max", "closed", "oracle IoU", "gap", "n"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in results["summary"]:
+        out.add_row(
+            row["task"],
+            row["dataset"].rsplit("/", 1)[-1],
+            row["metric"],
+            f"{row['value']:.1f}",
+            "-".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else "",
+            "" if row["blind"] is None else f"{row['blind']:.1f}",
+            f"{row['maximum']:.0f}",
+            "" if row["closed"] is None else f"{row['closed']:.0f} %",
+            *(f"{row[name]:.1f}" if name in row else "" for name in ("oracle IoU", "selection gap")),
+            str(row["n"]),
+        )
+    return out
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -1,8 +1,8 @@
 """Questions about a scene that take a step of thought before anything can be pointed at (reasoning segmentation).
 
 Some need knowledge ("What could roll?"), some a comparison of everything ("Which is the odd one out?"), some a look at
-one thing to find others. The answer is computed from the scene, and where two people could give two answers nothing is
-asked.
+one thing to find another. The answer is one thing, computed from the scene; where two people could give two answers,
+nothing is asked.
 """
 
 from collections import Counter
@@ -35,6 +35,8 @@ ON, OFF = 0.9, 0.1
 asked."""
 LEAST_ODD = 3
 """Fewest things among which one can be the odd one."""
+LEAST_ALIKE = 2
+"""With so few things "the other one" takes no look."""
 EXPLAINED, SENTENCES = 0.6, 0.5
 """How often an explanation is known, and how often a whole question is asked rather than a phrase named."""
 
@@ -47,14 +49,14 @@ class Riddle:
     """One of ``TYPES``."""
     text: str
     is_sentence: bool
-    things: tuple[int, ...]
-    """Indices into ``Scene.things``: at least one, and never all of them."""
+    thing: int
+    """Index into ``Scene.things``, which holds others too."""
     explanation: str
     """Why, in a sentence; "" = none is given."""
 
 
-Found = tuple[str, str, list[int], str] | None
-"""(sentence, phrase, things, explanation)."""
+Found = tuple[str, str, int, str] | None
+"""(sentence, phrase, thing, explanation)."""
 
 
 def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
@@ -62,41 +64,45 @@ def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
     out: list[Riddle] = []
     for kind in rng.permutation(list(TYPES)):
         found = ASK[str(kind)](scene, rng)
-        if found is None or not 0 < len(found[2]) < len(scene.things):
-            continue
-        sentence, phrase, things, explanation = found
-        is_sentence, explained = bool(rng.random() < SENTENCES), bool(rng.random() < EXPLAINED)
-        text = sentence if is_sentence else phrase
-        out.append(Riddle(str(kind), text, is_sentence, tuple(things), explanation if explained else ""))
+        if found is not None:
+            sentence, phrase, thing, explanation = found
+            is_sentence, explained = bool(rng.random() < SENTENCES), bool(rng.random() < EXPLAINED)
+            text = sentence if is_sentence else phrase
+            out.append(Riddle(str(kind), text, is_sentence, thing, explanation if explained else ""))
     return out[:count]
 
 
-def _asked(clause: str, things: list[int], explanation: str, else_: str = "") -> Found:
-    return f"What{else_} {clause}?", f"everything{else_} that {clause}", things, explanation
+def _one(rows: list[int], scene: Scene) -> bool:
+    """Whether the rows are one thing among several."""
+    return len(rows) == 1 < len(scene.things)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Found:
-    there = {thing.shape for thing in scene.things}
-    options = [c for c, (shapes, _) in SHAPE_CLAUSES.items() if there & set(shapes) and there - set(shapes)]
+    options = []
+    for clause, (shapes, why) in SHAPE_CLAUSES.items():
+        rows = [i for i, thing in enumerate(scene.things) if thing.shape in shapes]
+        if _one(rows, scene):
+            options.append((clause, rows[0], f"{article(scene.things[rows[0]].shape).capitalize()} {why}."))
     if not options:
         return None
-    clause = options[int(rng.integers(len(options)))]
-    shapes, why = SHAPE_CLAUSES[clause]
-    reason = " ".join(f"A {shape} {why}." for shape in shapes if shape in there)
-    return _asked(clause, [i for i, thing in enumerate(scene.things) if thing.shape in shapes], reason)
+    clause, thing, reason = options[int(rng.integers(len(options)))]
+    return f"What {clause}?", f"the one that {clause}", thing, reason
 
 
 def _ground(scene: Scene, rng: np.random.Generator) -> Found:
-    options = [clause for clause, (name, _) in GROUND_CLAUSES.items() if name in scene.ground.names]
+    options = []
+    for clause, (name, reason) in GROUND_CLAUSES.items():
+        if name not in scene.ground.names:
+            continue
+        band = ground_map(scene.ground, scene.side) == scene.ground.names.index(name) + 1
+        shares = [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
+        rows = [i for i, share in enumerate(shares) if share >= ON]
+        if _one(rows, scene) and not any(OFF < share < ON for share in shares):
+            options.append((clause, rows[0], reason))
     if not options:
         return None
-    clause = options[int(rng.integers(len(options)))]
-    name, reason = GROUND_CLAUSES[clause]
-    band = ground_map(scene.ground, scene.side) == scene.ground.names.index(name) + 1
-    shares = [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
-    if any(OFF < share < ON for share in shares):
-        return None
-    return _asked(clause, [i for i, share in enumerate(shares) if share >= ON], reason)
+    clause, thing, reason = options[int(rng.integers(len(options)))]
+    return f"What {clause}?", f"the one that {clause}", thing, reason
 
 
 def _odd(scene: Scene, rng: np.random.Generator) -> Found:
@@ -114,22 +120,29 @@ def _odd(scene: Scene, rng: np.random.Generator) -> Found:
     ((thing, reasons),) = found.items()
     attribute, common = reasons[int(rng.integers(len(reasons)))]
     others = Noun(shape=common).text(plural=True) if attribute == "shape" else common
-    return "Which is the odd one out?", "the odd one out", [thing], f"All the others are {others}."
+    return "Which is the odd one out?", "the odd one out", thing, f"All the others are {others}."
 
 
 def _alike(scene: Scene, rng: np.random.Generator) -> Found:
-    """Things that share the colour or the shape of the one that stands farthest to a side."""
-    form = Form(Noun(), order=(list(SIDES)[int(rng.integers(len(SIDES)))], 1))
-    anchors = evaluate(form, scene)
-    if anchors is None:
+    """The other thing with the colour or the shape of the one that stands farthest to a side."""
+    options = []
+    for side in SIDES:
+        form = Form(Noun(), order=(side, 1))
+        anchors = evaluate(form, scene)
+        if anchors is None or len(scene.things) <= LEAST_ALIKE:
+            continue
+        (anchor,) = anchors
+        for attribute in ("colour", "shape"):
+            value = getattr(scene.things[anchor], attribute)
+            rows = [i for i, t in enumerate(scene.things) if i != anchor and getattr(t, attribute) == value]
+            if len(rows) == 1:
+                options.append((attribute, word(form), value, rows[0]))
+    if not options:
         return None
-    (anchor,) = anchors
-    attribute = ("colour", "shape")[int(rng.integers(2))]
-    value = getattr(scene.things[anchor], attribute)
-    same = [i for i, t in enumerate(scene.things) if i != anchor and getattr(t, attribute) == value]
-    clause = f"has the {attribute} of {word(form)}"
+    attribute, anchor_words, value, thing = options[int(rng.integers(len(options)))]
+    clause = f"has the {attribute} of {anchor_words}"
     told = value if attribute == "colour" else article(value)
-    return _asked(clause, same, f"{word(form).capitalize()} is {told}.", " else")
+    return f"What else {clause}?", f"the other one that {clause}", thing, f"{anchor_words.capitalize()} is {told}."
 
 
 ASK: dict[str, Callable[[Scene, np.random.Generator], Found]] = {

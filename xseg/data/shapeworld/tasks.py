@@ -137,7 +137,7 @@ class _Job:
     def _riddles(self, scene: Scene, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         phrases = []
         for riddle in riddles(scene, rng, RIDDLES):
-            phrase: dict[str, Any] = {"text": riddle.text, "objects": list(riddle.things)}
+            phrase: dict[str, Any] = {"text": riddle.text, "objects": [riddle.thing]}
             phrase["kind"] = "long" if riddle.is_sentence else "short"
             if riddle.explanation:
                 phrase["explanation"] = riddle.explanation
