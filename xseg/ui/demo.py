@@ -63,7 +63,7 @@ class Demo:
         self.stages = sorted(folder.glob("s[0-9]*.yaml"))
         if not self.stages:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
-        self.suite, self.task_images = SUITES.get(recipe, "shapes"), TASK_IMAGES.get(recipe, 0)
+        self.suite, self.task_images = SUITES.get(folder.name, "shapes"), TASK_IMAGES.get(folder.name, 0)
         recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
         parts = [part for path in self.stages for part in pretrained(path)]
         self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite]), *parts))
