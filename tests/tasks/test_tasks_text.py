@@ -176,7 +176,7 @@ def test_unseen_names_are_scored_apart_and_must_be_asked_for() -> None:
         metric.update(prediction, sample)
     values = {s.metric: s.value for m in metrics for s in m.compute()}
     assert values["PQ unseen"] == pytest.approx(100) and "AP" in values and "mIoU" in values
-    with pytest.raises(UserError, match="unseen: 'sqare' .* did you mean 'square'"):
+    with pytest.raises(UserError, match=r"unseen: 'sqare' .*; did you mean 'square'"):
         open_vocab_seg.Task(unseen=("sqare",)).view(base)
     with pytest.raises(UserError, match="unseen: 'circle'"):
         open_vocab_seg.Task(vocabulary="ins: square", unseen=("circle",)).view(base)

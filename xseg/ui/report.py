@@ -76,12 +76,13 @@ def _galleries(
 def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     facts, short = [], ""
     for _, found in results[:1]:
-        short = _summary(found["summary"])
+        short = _summary(found["summary"]) if "summary" in found else ""  # evaluations of earlier versions have none
         commit = (found.get("commit") or "no git checkout")[:12]
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         facts = [f"commit {commit}", versions]
     links = '<nav><a href="#results">Results</a><a href="#curves">Curves</a><a href="#samples">Samples</a></nav>'
-    return f'<h1>{_e(run.resolve().name)}</h1><p class="facts">{_e(" · ".join(facts))}</p>{links}<a id="results"></a>{short}'
+    title = f'<h1>{_e(run.resolve().name)}</h1><p class="facts">{_e(" · ".join(facts))}</p>'
+    return f'{title}{links}<a id="results"></a>{short}'
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
