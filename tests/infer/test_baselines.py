@@ -15,7 +15,7 @@ from xseg.geometry.views import ViewSizes
 from xseg.infer.baselines import blind_guess
 from xseg.infer.summary import summary
 from xseg.tasks import load_task
-from xseg.types import Instance, Masks, Sample
+from xseg.types import Instance, Masks, Phrase, Sample
 
 
 class Listed:
@@ -103,6 +103,25 @@ def test_captions_are_guessed_by_their_commonest_phrases(reader: Encoder) -> Non
     value = scores(data, found)
     # of three masks each, chance puts two words on one of three: some are right, never all
     assert 0 < value["recall"] < 67 and value["masked spans"] == 100
+
+
+def test_where_an_image_has_one_object_it_is_not_given_away(reader: Encoder) -> None:
+    """As in ReasonSeg: a random object of those named would always be the answer."""
+    samples = []
+    for i, width in enumerate((4, 4, 4, 8)):
+        mask = np.zeros((8, 12), bool)
+        mask[:4, :width] = True
+        picture = load_task(TaskSpec(name="reason_seg")).example().images
+        phrases = (Phrase("What is meant?", (0,), "0", "long"),)
+        masks, instances = Masks((8, 12), (encode(mask),)), (Instance(0, -1, id=1),)
+        samples.append(Sample(f"one/{i}", picture, (8, 12), masks, instances, phrases=phrases, image_id=i))
+    data = Dataset(Listed(samples), load_task(TaskSpec(name="reason_seg")), Preparation(reader, ViewSizes(64, 32)))
+    found = blind_guess(data)
+    assert found is not None and "one constant mask" in found[0]
+    value = scores(data, [found[1](data.sample(i)) for i in range(4)])
+    assert value["gIoU"] == pytest.approx(100 * (3 + 0.5) / 4, abs=1), "the three equal ones are met, half of the other"
+    several, text, _ = guesses("reason_seg", reader)
+    assert "random object" in text and len(several.sample(0).instances) == 2
 
 
 def rows(*values: tuple[str, str, float, str]) -> list[dict[str, Any]]:

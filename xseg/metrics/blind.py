@@ -9,6 +9,9 @@ from xseg.metrics import truth
 from xseg.metrics.answers import normalise, target
 from xseg.types import Categories, Prediction, Sample, Segment
 
+LEVELS = 20
+"""Shares of the answers at which a common mask may be cut."""
+
 
 def commonest_answers(train: Iterable[Sample]) -> dict[str, str]:
     """Return the commonest answer of each kind of question in training records; key "" = of all."""
@@ -36,6 +39,31 @@ def random_object(sample: Sample, rng: np.random.Generator) -> Prediction:
             Segment(truth.encode(truth.union(sample.masks, rows, truth.size_of(sample))), 0, 1.0, phrase.text)
         )
     return Prediction(sample.key, tuple(segments))
+
+
+def common_mask(train: Iterable[Sample], grid: int = 64) -> np.ndarray:
+    """Return the (grid, grid) bool mask of the places that the answers of phrases cover often enough.
+
+    How often is often enough is chosen by the mean IoU over the answers themselves: the best mask of its kind.
+    """
+    answers = []
+    for sample in train:
+        for phrase in sample.phrases:
+            rows = [sample.instances[i].mask for i in phrase.instances]
+            answers.append(resized(truth.union(sample.masks, rows, truth.size_of(sample)), (grid, grid)))
+    if not answers:
+        return np.zeros((grid, grid), bool)
+    found = np.stack(answers)
+    share = found.mean(axis=0)
+    cuts = [share >= level for level in np.linspace(0, share.max(), LEVELS + 1)[1:]]
+    scores = [((found & cut).sum((1, 2)) / np.maximum((found | cut).sum((1, 2)), 1)).mean() for cut in cuts]
+    return cuts[int(np.argmax(scores))]
+
+
+def constant_mask(mask: np.ndarray, sample: Sample) -> Prediction:
+    """Answer every phrase with the same mask, whatever the image's size."""
+    placed = truth.encode(resized(mask, truth.size_of(sample)))
+    return Prediction(sample.key, tuple(Segment(placed, 0, 1.0, phrase.text) for phrase in sample.phrases))
 
 
 def mean_map(train: Iterable[Sample], grid: int = 64) -> np.ndarray:

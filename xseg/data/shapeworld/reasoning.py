@@ -20,7 +20,7 @@ SHAPE_CLAUSES: dict[str, tuple[tuple[str, ...], str]] = {
     "has three corners": (("triangle",), "has three corners"),
     "has four corners": (("square", "bar"), "has four corners"),
     "has five points": (("star",), "has five points"),
-    "has a hole": (("ring",), "is open in the middle"),
+    "has a hole": (("ring",), "has a hole"),
 }
 """What is asked -> the shapes of which it is true, and why."""
 GROUND_CLAUSES = {
