@@ -157,5 +157,7 @@ def test_closed_is_the_way_from_blind_to_the_maximum() -> None:
 def test_a_perfect_guess_leaves_no_way_to_go_and_lost_headlines_are_left_out() -> None:
     suite = Suite(name="s", rows=[SuiteRow(recipe="a"), SuiteRow(recipe="b", headline="none"), SuiteRow(recipe="c")])
     values = rows(("a", "PQ", 100.0, "how"), ("a", "PQ", 100.0, "blind: so"), ("b", "AP", 3.0, "how"))
-    [found] = summary(suite, values)
+    notes: list[str] = []
+    [found] = summary(suite, values, notes.append)
     assert found["dataset"] == "a" and found["closed"] is None
+    assert notes == ["b: headline 'none' is not in the summary (known: AP)"], "what was skipped needs no word"

@@ -77,7 +77,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
             run.out.rmdir()
         raise
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
-    results = {**head, "rows": rows, "summary": summary(suite, rows), "speed": speed}
+    results = {**head, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return results

@@ -1,27 +1,30 @@
 """The short form of an evaluation: one line per row of a suite, and how far it is from guessing to perfect."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xseg.config import Suite
+from xseg.errors import did_you_mean
 
 PERFECT = 100.0
 PERFECT_OF = {"CIDEr": 1000.0}
 """Maximum of the metrics that are no percentages."""
 
 
-def is_blind(row: dict[str, Any]) -> bool:
+def is_blind(row: Mapping[str, Any]) -> bool:
     """Whether a row of results.json is a blind baseline."""
     return str(row["protocol"]).startswith("blind")
 
 
-def summary(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(
+    suite: Suite, rows: Sequence[dict[str, Any]], note: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """Return one record per row of the suite that was scored, from the ``rows`` of results.json.
 
     A record has the headline metric's value, 95 % interval, n and protocol; the blind baseline of the same metric and
     what it guesses by; ``closed``, the part in percent of the way from blind to ``maximum`` that the value goes (less
     than 0 = worse than guessing; None without a baseline); and ``oracle IoU`` and ``selection gap`` where masks are
-    chosen. A headline that the task did not give is left out.
+    chosen. A row whose headline is no metric of its task is left out, which ``note`` is told.
     """
     out = []
     for row in suite.rows:
@@ -29,6 +32,8 @@ def summary(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
         guesses = {r["metric"]: r for r in reversed(rows) if r["dataset"] == row.recipe and is_blind(r)}
         name = row.headline or next(reversed(scores), "")
         if name not in scores:
+            if scores:
+                note(f"{row.recipe}: headline {name!r} is not in the summary{did_you_mean(name, scores)}")
             continue
         found, guess = scores[name], guesses.get(name)
         maximum = PERFECT_OF.get(name, PERFECT)

@@ -51,9 +51,9 @@ def common_mask(train: Iterable[Sample], grid: int = 64) -> np.ndarray:
         for phrase in sample.phrases:
             rows = [sample.instances[i].mask for i in phrase.instances]
             answers.append(resized(truth.union(sample.masks, rows, truth.size_of(sample)), (grid, grid)))
-    if not answers:
+    found = np.array(answers, bool).reshape(-1, grid, grid)
+    if not found.any():
         return np.zeros((grid, grid), bool)
-    found = np.stack(answers)
     share = found.mean(axis=0)
     cuts = [share >= level for level in np.linspace(0, share.max(), LEVELS + 1)[1:]]
     scores = [((found & cut).sum((1, 2)) / np.maximum((found | cut).sum((1, 2)), 1)).mean() for cut in cuts]

@@ -66,7 +66,8 @@ class Demo:
         self.suite, self.task_images = SUITES.get(folder.name, "shapes"), TASK_IMAGES.get(folder.name, 0)
         recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
         parts = [part for path in self.stages for part in pretrained(path)]
-        self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite]), *parts))
+        suites = [find(name, FOLDERS[Suite]) for name in (self.suite, LABEL_SUITES.get(self.suite, self.suite))]
+        self.made_by = fingerprint((folder.parent, recipes, *suites, *parts))
         self.record = out / "demo.json"
         self.seconds: dict[str, float] = {}
         self.changed = False

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xseg.errors import UserError
-from xseg.ui.curves import Trained, held_out_plot, is_blind, read_run, training_plots
+from xseg.infer.summary import is_blind
+from xseg.ui.curves import Trained, held_out_plot, read_run, training_plots
 from xseg.ui.gallery import Card, Gallery, galleries
 from xseg.ui.plot import draw
 

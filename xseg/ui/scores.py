@@ -10,6 +10,7 @@ from rich.table import Table
 
 from xseg.config import Suite, load_recipe
 from xseg.infer.evaluate import Evaluation, evaluate
+from xseg.infer.summary import is_blind
 from xseg.ui.loading import open_model
 
 
@@ -75,10 +76,10 @@ def table(results: dict[str, Any]) -> Table:
             out.add_column(name, overflow="fold")
         else:
             out.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "95 %" else 4)
-    blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
+    blind = {(r["dataset"], r["metric"]): r["value"] for r in results["rows"] if is_blind(r)}
     last = None
     for row in results["rows"]:
-        if row["protocol"].startswith("blind"):
+        if is_blind(row):
             continue
         base = blind.get((row["dataset"], row["metric"]))
         if last not in (None, row["dataset"]):

@@ -8,7 +8,6 @@
 """
 
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +49,15 @@ def film(seed: int, number: int, *, side: int = 128, variant: Variant = "easy") 
 
     ``Thing.centre`` is not kept up to date: a hidden thing has none.
     """
-    for attempt in count():
+    attempt = 0
+    while True:
         start = split_scene(seed, SPLIT, number + attempt * MOST_CLIPS, side=side, variant=variant)
         rng = np.random.default_rng([seed, SPLITS[SPLIT][0] + number, 1, attempt])
         for _ in range(TRIES):
             shots = _moved(start, rng)
             if _hides_something(shots):
                 return shots
-    raise AssertionError("count() never ends")
+        attempt += 1
 
 
 def _moved(start: Scene, rng: np.random.Generator) -> list[Scene]:
