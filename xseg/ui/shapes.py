@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from xseg.data.shapeworld.tasks import write_all
+from xseg.data.shapeworld.world import Variant
 from xseg.data.shapeworld.write import write_splits
 
 
@@ -15,7 +16,7 @@ def write_shapes(
     out: Path, images: int, val_images: int, seed: int, *, size: int, hard: bool, console: Console
 ) -> None:
     """Write the splits; UserError when ``out`` holds something else."""
-    variant = "hard" if hard else "easy"
+    variant: Variant = "hard" if hard else "easy"
     with _bars(console) as tell:
         write_splits(out, images, val_images, seed, size=size, variant=variant, progress=tell)
     console.print(f"ShapeWorld in {out}: use --root {out.parent} (data_root in a stage)", markup=False, soft_wrap=True)
