@@ -103,10 +103,11 @@ def _caption(dataset: Dataset) -> tuple[str, Blind]:
     rng = np.random.default_rng(0)
 
     def guess(sample: Sample) -> Prediction:
+        masks, rows = sample.masks, [instance.mask for instance in sample.instances]
         segments = []
-        for k, phrase in enumerate(phrases if sample.instances and sample.masks is not None else ()):
-            row = sample.instances[int(rng.integers(len(sample.instances)))].mask
-            segments.append(Segment(row_rle(sample.masks, row), k, 1.0, phrase))
+        for k, phrase in enumerate(phrases if rows else ()):
+            assert masks is not None
+            segments.append(Segment(row_rle(masks, rows[int(rng.integers(len(rows)))]), k, 1.0, phrase))
         return Prediction(sample.key, tuple(segments), text=f"{', '.join(map(span, phrases))}.")
 
     text = "blind: the commonest phrases of this very set, each with the perfect mask of a random object of the image"
