@@ -154,6 +154,13 @@ def test_closed_is_the_way_from_blind_to_the_maximum() -> None:
     assert found[0]["n"] == 7 and found[0]["ci95"] == [1.0, 2.0] and found[0]["blind_protocol"] == "blind: so"
 
 
+def test_a_recipe_that_stands_twice_has_two_lines() -> None:
+    suite = Suite(name="s", rows=[SuiteRow(recipe="a"), SuiteRow(recipe="a")])
+    values = rows(("a", "AP", 10.0, "how"), ("a", "AP", 30.0, "how"), ("a", "AP", 20.0, "blind: so"))
+    placed = [{**row, "row": number} for row, number in zip(values, (0, 1, 1), strict=True)]
+    assert [(r["value"], r["blind"]) for r in summary(suite, placed)] == [(10.0, None), (30.0, 20.0)]
+
+
 def test_a_perfect_guess_leaves_no_way_to_go_and_lost_headlines_are_left_out() -> None:
     suite = Suite(name="s", rows=[SuiteRow(recipe="a"), SuiteRow(recipe="b", headline="none"), SuiteRow(recipe="c")])
     values = rows(("a", "PQ", 100.0, "how"), ("a", "PQ", 100.0, "blind: so"), ("b", "AP", 3.0, "how"))

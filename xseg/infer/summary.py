@@ -27,9 +27,11 @@ def summary(
     chosen. A row whose headline is no metric of its task is left out, which ``note`` is told.
     """
     out = []
-    for row in suite.rows:
-        scores = {r["metric"]: r for r in reversed(rows) if r["dataset"] == row.recipe and not is_blind(r)}
-        guesses = {r["metric"]: r for r in reversed(rows) if r["dataset"] == row.recipe and is_blind(r)}
+    for number, row in enumerate(suite.rows):
+        # a recipe may stand in a suite twice, with other options: its place tells which, where the results have it
+        mine = [r for r in rows if r["dataset"] == row.recipe and r.get("row", number) == number]
+        scores = {r["metric"]: r for r in reversed(mine) if not is_blind(r)}
+        guesses = {r["metric"]: r for r in mine if is_blind(r)}
         name = row.headline or next(reversed(scores), "")
         if name not in scores:
             if scores:

@@ -10,8 +10,6 @@ import numpy as np
 from xseg.data.shapeworld.world import Scene
 from xseg.geometry import prompts, strokes
 
-PHOTOGRAPH = 640
-"""Long side of a COCO photograph in pixels."""
 MARGIN = 1 / 12
 """Room around a thing for what goes over its edge, as a part of the picture's side."""
 LEAST_PART = 0.3
@@ -41,7 +39,7 @@ def point_at(scene: Scene, thing: int, rng: np.random.Generator) -> dict[str, np
 def _draw(mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw on the enlarged thing with its surroundings, and reduce."""
     side = mask.shape[0]
-    factor, margin = max(1, round(PHOTOGRAPH / side)), int(np.ceil(MARGIN * side))
+    factor, margin = max(1, round(prompts.PHOTOGRAPH / side)), int(np.ceil(MARGIN * side))
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     window = tuple(slice(max(int(at[0]) - margin, 0), int(at[-1]) + 1 + margin) for at in (rows, columns))
     large = mask[window].repeat(factor, 0).repeat(factor, 1)
