@@ -48,9 +48,10 @@ def summary_table(results: dict[str, Any]) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    for name in ("data set", "metric"):
-        out.add_column(name, overflow="fold")
+    out.add_column("data set", no_wrap=True)
+    out.add_column("metric", overflow="fold")
     for name in ("value", "95 %", "blind", "closed", "oracle", "gap", "n"):
         out.add_column(name, justify="right", no_wrap=True)
     for row in results["summary"]:
