@@ -209,6 +209,8 @@ class SuiteRow(Recipe):
     recipe: str
     task: TaskSpec | None = None
     limit: int | None = None
+    headline: str = ""
+    """The metric that stands for the row where there is room for one; "" = the first of its task."""
     published: dict[str, float] = {}
     """metric -> published value."""
     published_source: str = ""

@@ -281,9 +281,11 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_the_same_picture_under_other_names() -> None:
-    names = ["a/COCO_train2014_000000000009.jpg", "b/000000000009.png", "COCO_val2017_000000000009.jpg"]
+    names = ["a/COCO_train2014_000000000009.jpg", "b/000000000009.jpg", "COCO_val2017_000000000009.jpg"]
     assert {identity(Path(n)) for n in names} == {"coco 000000000009"}
     assert identity(Path("a/9.jpg")) != identity(Path("b/9.jpg"))
+    drawings = [Path("train/000000000009.png"), Path("val/000000000009.png")]
+    assert identity(drawings[0]) != identity(drawings[1]), "only photographs are COCO's"
 
 
 REAL: dict[str, tuple[DataRecipe, set[str]]] = {

@@ -63,6 +63,19 @@ def test_a_wrong_category_is_one_miss_and_one_false_find() -> None:
     assert scores(metric)["PQ"].value == 0
 
 
+def test_unseen_categories_have_scores_of_their_own() -> None:
+    # the dog is found, the cat missed; of the two names without masks in training one occurs
+    true = sample_of(row((7, 10), (8, 10)), {7: 0, 8: 1})
+    metric = PanopticQuality(["dog"])
+    metric.update(prediction_of(row((0, 10), (1, 8), (0, 2)), (1,)), true)
+    found = scores(metric)
+    assert found["PQ unseen"].value == pytest.approx(80) and found["PQ"].value == pytest.approx(40)
+    assert "unseen, without a mask in training: dog" in found["PQ unseen"].protocol
+    plain = PanopticQuality()
+    plain.update(prediction_of(row((0, 10), (1, 8), (0, 2)), (1,)), true)
+    assert not [name for name in scores(plain) if "unseen" in name]
+
+
 def test_empty_image_and_missing_map() -> None:
     empty = sample_of(row((0, 10)), {})
     metric = PanopticQuality()

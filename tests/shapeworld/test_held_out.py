@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from xseg.config import DataRecipe, Mixture, load_recipe
+from xseg.data.shapeworld.clips import film
+from xseg.data.shapeworld.tasks import write_tasks
 from xseg.data.shapeworld.world import HELD_OUT_PAIRS, HELD_OUT_SHAPES, SPLITS, VARIANTS, split_scene
 from xseg.data.shapeworld.write import write
 
@@ -64,6 +66,40 @@ def test_no_file_of_a_training_split_holds_one(tmp_path, split):
         assert not PAIR.search(text), path.name
     listed = {c["name"] for c in json.loads((tmp_path / split / "panoptic.json").read_text())["categories"]}
     assert not listed & set(HELD_OUT_SHAPES)
+
+
+def test_no_file_of_the_other_tasks_holds_one(tmp_path):
+    write(tmp_path / "train", 150, 0, size=96)
+    write_tasks(tmp_path / "train", 150)
+    texts = [p for p in (tmp_path / "train/tasks").iterdir() if p.name != "shapeworld.json"]
+    assert {"reason.jsonl", "gcg.json", "vgd.json", "interactive.jsonl"} == {p.name for p in texts}
+    for path in texts:
+        text = path.read_text(encoding="utf8")
+        assert not SHAPE.search(text), path.name
+        assert not PAIR.search(text), path.name
+    seen = [thing for number in range(150) for thing in split_scene(0, "train", number, side=96).things]
+    # one mask a thing, and the scenes hold no held-out thing: so no mask is one of theirs
+    for name, count in (("vgd.json", '"visual_prompts"'), ("interactive.jsonl", '"prompts"')):
+        assert (tmp_path / "train/tasks" / name).read_text(encoding="utf8").count(count) == len(seen)
+    assert not {(thing.colour, thing.shape) for thing in seen} & set(HELD_OUT_PAIRS)
+    assert not {thing.shape for thing in seen} & set(HELD_OUT_SHAPES)
+
+
+def test_only_evaluation_shows_held_out_shapes(tmp_path):
+    write(tmp_path / "val_open", 40, 0, size=96, split="val_open")
+    shown = {shape for number in range(40) for _, shape in looks(split_scene(0, "val_open", number, side=96))}
+    assert set(HELD_OUT_SHAPES) <= shown, "the scan sees them where they may be"
+    users = [p for p in (ROOT / "data_recipes").rglob("*.yaml") if "val_open" in p.read_text(encoding="utf8")]
+    assert [p.stem for p in users] == ["open_val"]
+    mixed = " ".join(p.read_text(encoding="utf8") for p in (ROOT / "data_recipes/mixtures").glob("*.yaml"))
+    stages = " ".join(p.read_text(encoding="utf8") for p in (ROOT / "train_stages").rglob("*.yaml"))
+    assert "open_val" not in mixed + stages
+
+
+def test_no_clip_holds_one():
+    for number in range(100):
+        found = {(thing.colour, thing.shape) for thing in film(0, number, side=48)[0].things}
+        assert not found & set(HELD_OUT_PAIRS) and not {shape for _, shape in found} & set(HELD_OUT_SHAPES)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

@@ -221,6 +221,14 @@ def test_the_protocol_stands_in_every_row(options: dict, words: str) -> None:
     assert all(words in s.protocol for s in metric.compute())
 
 
+def test_a_persons_click_is_as_wide_as_the_picture_wants() -> None:
+    assert interactive_seg.from_user("point", [(300, 200)], (480, 640)).sum() == 317, "a disc of radius 10"
+    assert interactive_seg.from_user("point", [(30, 20)], (72, 96)).sum() == 9, "radius 1.5"
+    assert interactive_seg.from_user("point", [(600, 600)], (1280, 1280)).sum() == 317, "never wider"
+    small = interactive_seg.from_user("stroke", [(10, 40), (80, 40)], (96, 96))
+    assert small[:, 20].sum() == 1 and small[40, 10:81].mean() > 0.95
+
+
 def test_draw_and_widen_are_what_the_prompts_are_made_of() -> None:
     mask = np.zeros((60, 60), bool)
     mask[20:40, 20:40] = True

@@ -164,6 +164,24 @@ def test_a_vocabulary_replaces_the_categories() -> None:
     assert open_vocab_seg.Task().view(base) is base
 
 
+def test_unseen_names_are_scored_apart_and_must_be_asked_for() -> None:
+    base = generic_seg.Task.example()
+    task = open_vocab_seg.Task(unseen=("square",))
+    sample = dataclasses.replace(base, instances=tuple(i for i in base.instances if not i.is_crowd))
+    assert task.view(sample) is sample
+    formatted = task.format(sample, rng(0), train=False)
+    prediction = task.decode(perfect_output(sample, formatted), [0], sample, geometry_of(sample))
+    metrics = task.metrics()
+    for metric in metrics:
+        metric.update(prediction, sample)
+    values = {s.metric: s.value for m in metrics for s in m.compute()}
+    assert values["PQ unseen"] == pytest.approx(100) and "AP" in values and "mIoU" in values
+    with pytest.raises(UserError, match=r"unseen: 'sqare' .*; did you mean 'square'"):
+        open_vocab_seg.Task(unseen=("sqare",)).view(base)
+    with pytest.raises(UserError, match="unseen: 'circle'"):
+        open_vocab_seg.Task(vocabulary="ins: square", unseen=("circle",)).view(base)
+
+
 def test_a_caption_is_lower_case_with_its_spans_and_one_seg() -> None:
     sample = gcg_seg.Task.example()
     for k in range(10):

@@ -5,6 +5,7 @@ import pytest
 import typer
 from rich.console import Console
 
+from xseg.config import StageRecipe, load_recipe
 from xseg.errors import UserError
 from xseg.ui import demo as module
 from xseg.ui.demo import Demo, Step, clock, run, stage_name
@@ -39,6 +40,16 @@ def test_any_folder_of_stages_is_a_recipe(recipe: str, tmp_path: Path) -> None:
         assert all(place in made for word in starts for place in word[len("init_from=[") : -1].split(", "))
     last = demo.evaluation()[-1]
     assert str(steps[-1].makes.parent) in last.command, "the last stage is scored"
+
+
+def test_every_task_is_written_trained_and_scored(tmp_path: Path) -> None:
+    demo = Demo(tmp_path / "out", "all", 10, 0, Console(quiet=True))
+    data, *_, last = demo.training()
+    assert "--tasks" in data.command and "--tasks" not in made(tmp_path).training()[0].command
+    stage = load_recipe(StageRecipe, str(demo.stages[-1]))
+    assert stage.mixture == "shapes_s3_all" and str(last.makes.parent).endswith("s3/final")
+    suites = [step.command[step.command.index("--suite") + 1] for step in demo.evaluation()]
+    assert suites == ["shapes", "shapes_all"], "a fixed label list cannot name what is not on it"
 
 
 def test_new_weights_of_a_pretrained_part_do_the_stages_anew(tmp_path: Path) -> None:
@@ -116,7 +127,9 @@ def test_results_of_both_models_stand_in_one_file(tmp_path: Path) -> None:
     for step, value in zip(demo.evaluation(), (1.0, 3.0), strict=True):
         step.makes.parent.mkdir(parents=True)
         row = {"metric": "PQ", "value": value}
-        step.makes.write_text(json.dumps({"suite": "shapes", "commit": None, "versions": {}, "rows": [row]}))
+        step.makes.write_text(
+            json.dumps({"suite": "shapes", "commit": None, "versions": {}, "rows": [row], "summary": []})
+        )
     assert [(r["model"], r["value"]) for r in demo.merge()["rows"]] == [("s3", 3.0), ("s1", 1.0)]
     assert json.loads((demo.out / "results.json").read_text())["suite"] == "shapes"
 

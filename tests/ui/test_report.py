@@ -48,6 +48,8 @@ def test_page_is_whole_and_loads_nothing_from_outside(run: Path) -> None:
     assert len(files) > 10 and all((page.parent / f).is_file() for f in files)
     assert "set0" in text and "training minutes" in text and (page.parent / "curves.svg").is_file()
     assert "54.7" in text and "Worst" in text and "blind" in text
+    summary = text[text.index("From the blind guess") : text.index("Suite test")]
+    assert summary.count("<tr>") == 1 + len(ROWS) and "100 %" in summary and "commonest answer" in summary
     assert "<b>bold" not in text and "&lt;b&gt;bold" in text
     again = write_report(run)
     assert again == page and not (run / "report.partial").exists()

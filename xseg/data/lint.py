@@ -25,6 +25,8 @@ from xseg.types import Sample, Size
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})")
 """COCO's pictures are the same whatever release they are named after."""
+COCO_SUFFIXES = (".jpg", ".jpeg")
+"""All of COCO's are photographs; drawn pictures (PNG) that are numbered in the same way are others in every folder."""
 SHOWN = 5
 """Pairs of samples that a leak names."""
 Seen = dict[Path, tuple[Size, str]]
@@ -126,7 +128,7 @@ class _Check:
 
 def identity(path: Path) -> str:
     """Return a name that two files of the same picture share: COCO's number, else the resolved path."""
-    match = COCO_NAME.fullmatch(path.stem)
+    match = COCO_NAME.fullmatch(path.stem) if path.suffix.lower() in COCO_SUFFIXES else None
     return f"coco {match[1]}" if match else str(path.resolve())
 
 

@@ -13,7 +13,9 @@ from xseg.types import Size
 
 KINDS = ("point", "scribble", "box", "mask")
 RADIUS = {"point": 10, "scribble": 5}
-"""Radius in pixels to which the thin kinds are widened."""
+"""Radius in pixels to which the thin kinds are widened, on photographs."""
+PHOTOGRAPH = 640
+"""Long side in pixels of the photographs that prompts are drawn on (COCO's)."""
 LEAST = 5
 """Parts of this many pixels or fewer get no prompt."""
 TRIES = 1000
@@ -42,12 +44,12 @@ def draw(mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return out
 
 
-def widen(kind: str, prompt: np.ndarray) -> np.ndarray:
-    """Give a thin prompt the width of its kind: every pixel becomes a disc of ``RADIUS``; other kinds stay."""
-    radius = RADIUS.get(kind, 0)
+def widen(kind: str, prompt: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Give a thin prompt the width of its kind: every pixel becomes a disc of ``RADIUS`` x ``scale``; others stay."""
+    radius = RADIUS.get(kind, 0) * scale
     if not radius or not prompt.any():
         return prompt.astype(bool)
-    rows, columns = _window(prompt, radius)
+    rows, columns = _window(prompt, int(np.ceil(radius)))
     out = np.zeros(prompt.shape, bool)
     out[rows, columns] = ndimage.distance_transform_edt(~prompt[rows, columns].astype(bool)) <= radius
     return out

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from xseg.data.dataset import Dataset
-from xseg.geometry.masks import row_rle
+from xseg.geometry.masks import decode, encode, row_rle
 from xseg.metrics import blind
-from xseg.metrics.answers import target
 from xseg.tasks.interactive_seg import fixed, prompt_of
+from xseg.tasks.phrasing import span
 from xseg.types import Instance, Masks, Prediction, Sample, Segment
 
 Blind = Callable[[Sample], Prediction]
@@ -28,8 +28,8 @@ def blind_guess(dataset: Dataset) -> tuple[str, Blind] | None:
         "refer_seg": _objects,
         "reason_seg": _objects,
         "generic_seg": _map,
-        "open_vocab_seg": _map,
-        "vgd_seg": _map,
+        "open_vocab_seg": _named,
+        "vgd_seg": _shown,
         "interactive_seg": _prompts,
         "gcg_seg": _caption,
     }.get(dataset.task.name)
@@ -49,6 +49,8 @@ def _objects(dataset: Dataset) -> tuple[str, Blind]:
         for instance in sample.instances:
             if not instance.is_crowd and sample.masks is not None:
                 objects[instance.id] = row_rle(sample.masks, instance.mask)
+    if max(map(len, pool.values()), default=0) < 2:
+        return _place(dataset)  # the one object that such a set knows of an image is the answer itself
     rng = np.random.default_rng(0)
 
     def guess(sample: Sample) -> Prediction:
@@ -58,6 +60,12 @@ def _objects(dataset: Dataset) -> tuple[str, Blind]:
         return blind.random_object(pooled, rng)
 
     return "blind: the perfect mask of a random object of the image, of all that this set names", guess
+
+
+def _place(dataset: Dataset) -> tuple[str, Blind]:
+    mask = blind.common_mask(samples(dataset))
+    text = "blind: one constant mask, where this very set's answers lie most often, cut where it scores best"
+    return text, lambda sample: blind.constant_mask(mask, sample)
 
 
 def _prompts(dataset: Dataset) -> tuple[str, Blind]:
@@ -70,10 +78,46 @@ def _prompts(dataset: Dataset) -> tuple[str, Blind]:
     return "blind: the drawn prompt itself as the object's mask", guess
 
 
+def _shown(dataset: Dataset) -> tuple[str, Blind]:
+    place = {sample.key: index for index, sample in enumerate(samples(dataset))}
+
+    def guess(sample: Sample) -> Prediction:
+        asked = dataset.task.listed(sample)
+        shown = dataset.format(place[sample.key]).prompts
+        segments = []
+        for category, prompt in zip(asked, shown, strict=True):
+            mask = blind.resized(decode(prompt.mask), sample.size)  # another picture may have another size
+            segments.append(Segment(encode(mask), category, 1.0))
+        return Prediction(sample.key, extra={"instances": tuple(segments)})
+
+    return "blind: the drawn prompts themselves, each as an object of its kind at its own place", guess
+
+
 def _caption(dataset: Dataset) -> tuple[str, Blind]:
-    commonest = Counter(target(sample) for sample in samples(dataset)).most_common(1)[0][0]
-    text = "blind: the commonest caption of this very set, without masks"
-    return text, lambda sample: Prediction(sample.key, text=commonest)
+    counts: Counter[str] = Counter()
+    numbers = []
+    for sample in samples(dataset):
+        counts.update(phrase.text for phrase in sample.phrases)
+        numbers.append(len(sample.phrases))
+    phrases = [phrase for phrase, _ in counts.most_common(max(1, round(float(np.median(numbers)))))]
+    rng = np.random.default_rng(0)
+
+    def guess(sample: Sample) -> Prediction:
+        masks, rows = sample.masks, [instance.mask for instance in sample.instances]
+        segments = []
+        for k, phrase in enumerate(phrases if rows else ()):
+            assert masks is not None
+            segments.append(Segment(row_rle(masks, rows[int(rng.integers(len(rows)))]), k, 1.0, phrase))
+        return Prediction(sample.key, tuple(segments), text=f"{', '.join(map(span, phrases))}.")
+
+    text = "blind: the commonest phrases of this very set, each with the perfect mask of a random object of the image"
+    return text, guess
+
+
+def _named(dataset: Dataset) -> tuple[str, Blind]:
+    rng = np.random.default_rng(0)
+    text = "blind: perfect masks of everything, things and stuff named at random"
+    return text, lambda sample: blind.named_at_random(sample, rng)
 
 
 def _map(dataset: Dataset) -> tuple[str, Blind]:

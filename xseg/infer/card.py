@@ -11,9 +11,9 @@ import yaml
 from xseg.config import DEFAULT_MODEL, DataRecipe, ModelRecipe, find, load_recipe
 from xseg.errors import UserError
 from xseg.geometry.views import ViewSizes
+from xseg.infer.summary import is_blind
 
 FILE, STAGE, EXAMPLE = "README.md", "stage.yaml", "example.png"
-BLIND = "blind"
 PHRASE = "the large blue square"
 """What the example picture shows."""
 GENERATED = "Apache-2.0 (generated)"
@@ -200,8 +200,8 @@ def _figures(source: Path) -> list[str]:
     results = results_of(source)
     if results is None:
         return ["## Figures", "None: the source has no results.json beside it (`xseg eval` writes one)."]
-    blind = {_key(row): row for row in results["rows"] if row["protocol"].startswith(BLIND)}
-    shown = [row for row in results["rows"] if not row["protocol"].startswith(BLIND)]
+    blind = {_key(row): row for row in results["rows"] if is_blind(row)}
+    shown = [row for row in results["rows"] if not is_blind(row)]
     rows = ["| data set | metric | value | 95 % | blind | n | protocol |", "|---|---|---|---|---|---|---|"]
     for row in shown:
         interval = "-".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else ""

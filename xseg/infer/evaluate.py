@@ -24,6 +24,7 @@ from xseg.geometry import masks as rle
 from xseg.infer.baselines import blind_guess, samples
 from xseg.infer.predictor import LEAST_SCORE, Predictor, device
 from xseg.infer.ranks import ALONE, Ranks
+from xseg.infer.summary import summary
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -95,7 +96,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     if not run.ranks.first:
         return run.ranks.tell({})
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
-    results = {**head, "rows": rows, "speed": speed}
+    results = {**head, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return run.ranks.tell(results)

@@ -1,5 +1,6 @@
 """Panoptic quality (Kirillov et al. 2019) with the rules of panopticapi on crowd and void."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -12,9 +13,13 @@ IOU, TP, FP, FN = range(4)
 
 
 class PanopticQuality:
-    """PQ, SQ and RQ over all, thing and stuff categories, in percent."""
+    """PQ, SQ and RQ over all, thing and stuff categories, in percent.
 
-    def __init__(self) -> None:
+    ``unseen``: names of categories that get scores of their own ("PQ unseen"): those without a mask in training.
+    """
+
+    def __init__(self, unseen: Sequence[str] = ()) -> None:
+        self.unseen = frozenset(unseen)
         self.categories: Categories | None = None
         self.counts: list[np.ndarray] = []
         """Per image (categories, 4): sum of matched IoU, TP, FP, FN."""
@@ -42,6 +47,8 @@ class PanopticQuality:
             return []
         things = np.array(self.categories.is_thing, bool)
         groups = {"": np.ones_like(things), " things": things, " stuff": ~things}
+        if self.unseen:
+            groups[" unseen"] = np.array([name in self.unseen for name in self.categories.names])
 
         def fold(sums: np.ndarray) -> np.ndarray:
             per_class = sums.reshape(*sums.shape[:-1], len(things), 4)
@@ -56,6 +63,8 @@ class PanopticQuality:
         flat = np.stack(self.counts).reshape(len(self.counts), -1)
         names = [f"{metric}{group}" for group in groups for metric in ("PQ", "SQ", "RQ")]
         protocol = "panopticapi: match at IoU > 0.5, crowd and void ignored, mean over categories that occur"
+        if self.unseen:
+            protocol += f"; unseen, without a mask in training: {', '.join(sorted(self.unseen))}"
         found = zip(names, values_with_intervals(flat, fold), strict=True)
         return [Score(name, v, len(self.counts), protocol, ci) for name, (v, ci) in found if not np.isnan(v)]
 

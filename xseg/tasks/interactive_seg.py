@@ -156,6 +156,7 @@ def prompt_of(sample: Sample, instance: int, kind: str, rng: np.random.Generator
 def from_user(kind: str, where: Any, size: Size) -> np.ndarray:
     """Return the (H, W) bool mask of a prompt that a person drew; ``Predictor.select`` says what ``where`` is.
 
+    Clicks and strokes are as wide as on photographs of 640 pixels, and thinner on smaller pictures in proportion.
     Raises UserError for an unknown kind, and when nothing of the prompt lies in the image.
     """
     if kind not in KINDS:
@@ -163,7 +164,9 @@ def from_user(kind: str, where: Any, size: Size) -> np.ndarray:
     try:
         thin = {"point": prompts.from_points, "scribble": prompts.from_path, "stroke": prompts.from_path}
         if kind in thin:
-            mask = prompts.widen("point" if kind == "point" else "scribble", thin[kind](size, where))
+            # on a small picture a photograph's click would cover whole things
+            scale = min(1.0, max(size) / prompts.PHOTOGRAPH)
+            mask = prompts.widen("point" if kind == "point" else "scribble", thin[kind](size, where), scale)
         elif kind == "box":
             mask = prompts.from_box(size, where)
         elif kind == "polygon":

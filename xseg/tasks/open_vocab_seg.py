@@ -5,10 +5,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry.masks import Rle, row_rle, union
+from xseg.metrics.panoptic import PanopticQuality
 from xseg.tasks import generic_seg
 from xseg.types import Categories, Instance, Masks, Sample
 
@@ -34,11 +35,26 @@ class Task(generic_seg.Task):
     """The names that are asked for, in the grammar of ``read_vocabulary``; "" = those of the data set. Annotated things
     that bear none of the names are void, names that nothing bears are asked for all the same."""
 
+    unseen: tuple[str, ...] = ()
+    """Names among them that no training data give a mask: PQ, SQ and RQ of these alone are reported too."""
+
     name: ClassVar[str] = "open_vocab_seg"
 
     def view(self, sample: Sample) -> Sample:
-        """Return the sample with the vocabulary as its categories."""
-        return with_vocabulary(sample, read_vocabulary(self.vocabulary)) if self.vocabulary else sample
+        """Return the sample with the vocabulary as its categories. Raises UserError when one of ``unseen`` is none."""
+        if self.vocabulary:
+            sample = with_vocabulary(sample, read_vocabulary(self.vocabulary))
+        names = sample.categories.names if sample.categories else ()
+        for name in self.unseen:
+            if name not in names:
+                raise UserError(
+                    f"{sample.key}: unseen: {name!r} is no name that is asked for{did_you_mean(name, names)}"
+                )
+        return sample
+
+    def metrics(self) -> list[Any]:
+        """Those of generic segmentation, and PQ of the unseen names."""
+        return [PanopticQuality(self.unseen) if isinstance(m, PanopticQuality) else m for m in super().metrics()]
 
 
 def read_vocabulary(text: str) -> tuple[Name, ...]:

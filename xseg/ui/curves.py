@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xseg.infer.summary import is_blind
 from xseg.ui.plot import COLOURS, Line, Plot, number
 
 FIRST = ("loss", "lm", "class", "mask", "dice", "pixel_class", "aux")
@@ -20,7 +21,6 @@ MINUTES = "training minutes"
 INK = "#667085"
 WIDE = (1000, 430)
 """Width and height of the held-out picture."""
-BLIND = "blind"
 
 Series = dict[tuple[str, str], list[tuple[float, float]]]
 """(quantity, data set or "") -> [(minutes, value), …]."""
@@ -159,11 +159,6 @@ def short_names(names: Sequence[str]) -> Mapping[str, str]:
 def natural(text: str) -> list[tuple[bool, int, str]]:
     """Sort key in which numbers count as numbers."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
-
-
-def is_blind(row: Mapping[str, Any]) -> bool:
-    """Whether a row of results.json is a blind baseline."""
-    return str(row["protocol"]).startswith(BLIND)
 
 
 def _scored(stages: Sequence[Trained]) -> list[tuple[str, str]]:

@@ -26,14 +26,18 @@ from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.infer.evaluate import write_json
 from xseg.train.stage import check_compiler, read_stage
-from xseg.ui.scores import table
+from xseg.ui.scores import summary_table, table
 
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY = 2 * GIB, 3 * GIB
 SIDE = 96
 """Pixels of a ShapeWorld image: what the tiny model sees."""
-SUITES = {"overfit": "overfit"}
+SUITES = {"overfit": "overfit", "all": "shapes_all"}
 """The suite of a recipe; of all others: shapes."""
+LABEL_SUITES = {"shapes_all": "shapes"}
+"""What the first stage's fixed label list is scored on, where the suite asks for names that are not on it."""
+TASK_IMAGES = {"all": 1000}
+"""Training images that a recipe wants the files of every task for."""
 FINGERPRINTED = {".py", ".yaml", ".safetensors"}
 PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
 """How this Python runs the programs that a command names, whatever PATH says."""
@@ -59,10 +63,11 @@ class Demo:
         self.stages = sorted(folder.glob("s[0-9]*.yaml"))
         if not self.stages:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
-        self.suite = SUITES.get(recipe, "shapes")
+        self.suite, self.task_images = SUITES.get(folder.name, "shapes"), TASK_IMAGES.get(folder.name, 0)
         recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
         parts = [part for path in self.stages for part in pretrained(path)]
-        self.made_by = fingerprint((folder.parent, recipes, find(self.suite, FOLDERS[Suite]), *parts))
+        suites = [find(name, FOLDERS[Suite]) for name in (self.suite, LABEL_SUITES.get(self.suite, self.suite))]
+        self.made_by = fingerprint((folder.parent, recipes, *suites, *parts))
         self.record = out / "demo.json"
         self.seconds: dict[str, float] = {}
         self.changed = False
@@ -83,9 +88,13 @@ class Demo:
     def training(self) -> list[Step]:
         """The data, then every stage; a stage starts from the folders of this demo's earlier stages."""
         data = self.out / "data"
-        size = ("--images", str(self.images), "--size", str(SIDE), "--seed", str(self.seed))
+        size = ["--images", str(self.images), "--size", str(SIDE), "--seed", str(self.seed)]
+        made = data / "shapes/val/shapeworld.json"
+        if self.task_images:
+            size += ["--tasks", str(self.task_images), "--workers", "2"]
+            made = data / "shapes/clips/shapeworld.json"
         write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", *size)
-        steps = [Step("data", write, data / "shapes/val/shapeworld.json")]
+        steps = [Step("data", write, made)]
         accelerate = find("zero2", "train_stages/accelerate")
         for path in self.stages:
             out = self.out / stage_name(path)
@@ -99,16 +108,14 @@ class Demo:
 
     def evaluation(self) -> list[Step]:
         """The first stage's label head, where it is not the only stage, and the final model."""
-        score = ("xseg", "eval", "--suite", self.suite, "--root", f"{self.out}/data", "--model")
-        names = list(dict.fromkeys([stage_name(self.stages[0]), stage_name(self.stages[-1])]))
-        return [
-            Step(
-                f"eval {name}",
-                (*score, f"{self.out}/{name}/final", "--out", f"{self.out}/{name}/eval"),
-                self.out / name / "eval/results.json",
-            )
-            for name in names
-        ]
+        first, last = stage_name(self.stages[0]), stage_name(self.stages[-1])
+        suites = {first: LABEL_SUITES.get(self.suite, self.suite), last: self.suite}
+        steps = []
+        for name, suite in suites.items():
+            score = ("xseg", "eval", "--suite", suite, "--root", f"{self.out}/data")
+            places = ("--model", f"{self.out}/{name}/final", "--out", f"{self.out}/{name}/eval")
+            steps.append(Step(f"eval {name}", (*score, *places), self.out / name / "eval/results.json"))
+        return steps
 
     def talk(self) -> Step:
         """One chat turn on the first held-out picture whose phrase names something."""
@@ -160,6 +167,7 @@ class Demo:
         for name in dict.fromkeys(row["model"] for row in results["rows"]):
             rows = [row for row in results["rows"] if row["model"] == name]
             self.console.print(table({"suite": f"{results['suite']}, model {name}", "rows": rows}))
+        self.console.print(summary_table(results))
         times = Table("step", "time", title="times", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name, spent in self.seconds.items():
             times.add_row(name, clock(spent))

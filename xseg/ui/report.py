@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xseg.errors import UserError
-from xseg.ui.curves import Trained, held_out_plot, is_blind, read_run, training_plots
+from xseg.infer.summary import is_blind
+from xseg.ui.curves import Trained, held_out_plot, read_run, training_plots
 from xseg.ui.gallery import Card, Gallery, galleries
 from xseg.ui.gaps import is_part, section
 from xseg.ui.plot import draw
@@ -76,13 +77,38 @@ def _galleries(
 
 
 def _head(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    facts = []
+    facts, short = [], ""
     for _, found in results[:1]:
+        short = _summary(found["summary"]) if "summary" in found else ""  # evaluations of earlier versions have none
         commit = (found.get("commit") or "no git checkout")[:12]
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         facts = [f"commit {commit}", versions]
     links = '<nav><a href="#results">Results</a><a href="#curves">Curves</a><a href="#samples">Samples</a></nav>'
-    return f'<h1>{_e(run.resolve().name)}</h1><p class="facts">{_e(" · ".join(facts))}</p>{links}<a id="results"></a>'
+    title = f'<h1>{_e(run.resolve().name)}</h1><p class="facts">{_e(" · ".join(facts))}</p>'
+    return f'{title}{links}<a id="results"></a>{short}'
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per data set: its headline, the blind guess, and how much of the way to the maximum is gone."""
+    lines = []
+    for row in rows:
+        blind = "" if row["blind"] is None else f"{row['blind']:.1f}"
+        closed = "" if row["closed"] is None else f"{row['closed']:.0f} %"
+        width = min(max(row["closed"] or 0, 0), 100)
+        cells = (
+            (_e(row["dataset"]), ""),
+            (_e(row["metric"]), ""),
+            (f"{row['value']:.1f}", "number value"),
+            (blind, "number"),
+            (f"{row['maximum']:.0f}", "number"),
+            (f'{closed}<span class="bar"><i style="width:{width:.1f}%"></i></span>', "number"),
+            (_e(row["blind_protocol"] or "no blind baseline"), "protocol"),
+        )
+        lines.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
+    names = ("data set", "metric", "value", "blind", "maximum", "closed", "what blind is")
+    head = "".join(f'<th class="{"number" if 1 < k < 6 else ""}">{name}</th>' for k, name in enumerate(names))
+    title = "<h2>From the blind guess to the maximum</h2>"
+    return f'{title}<div class="panel"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _table(place: Path, found: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from xseg.config import Suite, load_recipe
 from xseg.infer.evaluate import Evaluation, evaluate
 from xseg.infer.ranks import joined
+from xseg.infer.summary import is_blind
 from xseg.ui.loading import open_model
 
 SILENT = Console(quiet=True)
@@ -44,12 +45,41 @@ def _run(recipe: Suite, model: Path, run: Evaluation, console: Console) -> None:
 
         results = evaluate(predictor, recipe, dataclasses.replace(run, progress=tell, note=note))
     console.print(table(results))
+    console.print(summary_table(results))
     for row in results["speed"]:
         rate_text = f"{row['samples'] / max(row['seconds'], 1e-9):.1f} samples/s"
         console.print(
             f"{row['dataset']}: {row['samples']} samples in {row['seconds']:.1f} s, {rate_text}", markup=False
         )
     console.print(f"{run.out / 'results.json'}", markup=False, soft_wrap=True)
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """One line per data set: its headline, the blind guess, how much of the way to the maximum is gone, and the mean
+    IoU of the best masks with what choosing among them loses."""
+    out = Table(
+        title="closed: how much of the way from the blind guess to the maximum is gone",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    out.add_column("data set", no_wrap=True)
+    out.add_column("metric", overflow="fold")
+    for name in ("value", "95 %", "blind", "closed", "oracle", "gap", "n"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in results["summary"]:
+        out.add_row(
+            row["dataset"].rsplit("/", 1)[-1],
+            row["metric"],
+            f"{row['value']:.1f}",
+            "-".join(f"{v:.1f}" for v in row["ci95"]) if row["ci95"] else "",
+            "" if row["blind"] is None else f"{row['blind']:.1f}",
+            "" if row["closed"] is None else f"{row['closed']:.0f} %",
+            *(f"{row[name]:.1f}" if name in row else "" for name in ("oracle IoU", "selection gap")),
+            str(row["n"]),
+        )
+    return out
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -61,10 +91,10 @@ def table(results: dict[str, Any]) -> Table:
             out.add_column(name, overflow="fold")
         else:
             out.add_column(name, justify="right", no_wrap=True, min_width=9 if name == "95 %" else 4)
-    blind = {(r["row"], r["metric"]): r["value"] for r in results["rows"] if r["protocol"].startswith("blind")}
+    blind = {(r["row"], r["metric"]): r["value"] for r in results["rows"] if is_blind(r)}
     last = None
     for row in results["rows"]:
-        if row["protocol"].startswith("blind"):
+        if is_blind(row):
             continue
         base = blind.get((row["row"], row["metric"]))
         if last not in (None, row["dataset"]):

@@ -4,7 +4,6 @@ An expression is a ``Form`` and its wording. ``evaluate`` is the only judge of w
 where a person could disagree (shapes nearly level, several anchors), and such forms are never uttered.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
@@ -276,13 +275,26 @@ def article(text: str) -> str:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return one short true sentence that names every thing by colour and shape, and every ground."""
-    groups = Counter((thing.colour, thing.shape) for thing in scene.things)
+    return in_words(scene, looks(scene, rng))
+
+
+def in_words(scene: Scene, parts: list[tuple[str, tuple[int, ...]]]) -> str:
+    """Return the caption that names the things by ``parts``, as ``looks`` returns them."""
+    return f"{listed([text for text, _ in parts])} on {listed(list(scene.ground.names))}."
+
+
+def looks(scene: Scene, rng: np.random.Generator) -> list[tuple[str, tuple[int, ...]]]:
+    """Return what there is by colour and shape, in random order: words such as "two red bars", and the things."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, thing in enumerate(scene.things):
+        groups.setdefault((thing.colour, thing.shape), []).append(number)
     parts = []
     for place in rng.permutation(len(groups)):
-        (colour, shape), count = list(groups.items())[place]
+        (colour, shape), rows = list(groups.items())[place]
         noun = Noun(colour=colour, shape=shape)
-        parts.append(article(noun.text()) if count == 1 else f"{NUMBERS[count]} {noun.text(plural=True)}")
-    return f"{_listed(parts)} on {_listed(list(scene.ground.names))}."
+        text = article(noun.text()) if len(rows) == 1 else f"{NUMBERS[len(rows)]} {noun.text(plural=True)}"
+        parts.append((text, tuple(rows)))
+    return parts
 
 
 def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -291,9 +303,9 @@ def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]
     places = sorted(scene.things, key=lambda t: SQUARES.index(square(t)))
     return [
         ("Describe the picture.", caption(scene, rng)),
-        ("Name everything from left to right.", f"{_listed([_full(t) for t in across])}."),
-        ("Name everything from top to bottom.", f"{_listed([_full(t) for t in down])}."),
-        ("Where is everything?", f"{_listed([f'{_full(t)} at {square(t)}' for t in places])}."),
+        ("Name everything from left to right.", f"{listed([_full(t) for t in across])}."),
+        ("Name everything from top to bottom.", f"{listed([_full(t) for t in down])}."),
+        ("Where is everything?", f"{listed([f'{_full(t)} at {square(t)}' for t in places])}."),
     ]
 
 
@@ -301,7 +313,8 @@ def _full(thing: Thing) -> str:
     return article(Noun(thing.size, thing.colour, thing.texture, thing.shape).text())
 
 
-def _listed(parts: list[str]) -> str:
+def listed(parts: list[str]) -> str:
+    """Join with commas and an \"and\" before the last part."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

@@ -32,10 +32,11 @@ SPLITS: dict[str, tuple[int, Policy]] = {
     "val_open": (3 << 24, "open"),
     "val_pairs": (4 << 24, "pairs"),
     "parts": (5 << 24, "seen"),
+    "clips": (6 << 24, "seen"),
 }
 """Split -> (first scene index, policy). Image k of a split is scene ``first + k``, k < 2**24, so that two splits never
 share a scene, whatever their length. "parts" is for pretraining the miniature encoders; no stage and no suite uses
-it."""
+it. "clips" are the first frames of clips."""
 SPLIT_LENGTH = 1 << 24
 
 MIN_VISIBLE = 0.5

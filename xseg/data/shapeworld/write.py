@@ -86,13 +86,21 @@ def write(
     marker = {
         "format": FORMAT, "split": split, "images": images, "seed": seed, "size": size, "variant": variant,
     }  # fmt: skip
+    whole_folder(out, marker, lambda folder: _fill(folder, marker, progress))
+
+
+def whole_folder(out: Path, marker: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write a folder that appears as ``out`` when it is whole, ``marker`` in it, or not at all.
+
+    Nothing is done where ``out`` already holds exactly this. Raises UserError where it holds anything else.
+    """
     if _is_there(out, marker):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         partial.chmod(0o755)
-        _fill(partial, marker, progress)
+        fill(partial)
         (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf8")
         if not _is_there(out, marker):  # another process may have finished the same folder meanwhile
             os.replace(partial, out)
@@ -203,11 +211,11 @@ def _write_image(files: _Files, scene: Scene, number: int, rng: np.random.Genera
     files.images.add({"id": number, "file_name": name, "height": scene.side, "width": scene.side})
     grounds = len(scene.ground.names)
     names = [*scene.ground.names, *(thing.shape for thing in scene.things)]
-    segments = [_segment(scene.owner == i + 1, files.ids[n], (i + 1) * SPREAD) for i, n in enumerate(names)]
+    segments = [coco_segment(scene.owner == i + 1, files.ids[n], (i + 1) * SPREAD) for i, n in enumerate(names)]
     files.segments.add({"image_id": number, "file_name": name, "segments_info": segments})
     for thing, segment in enumerate(segments[grounds:]):
         rle = to_json(encode(scene.visible(thing)))
-        files.instances.add({**segment, "id": _annotation(number, thing), "image_id": number, "segmentation": rle})
+        files.instances.add({**segment, "id": annotation_id(number, thing), "image_id": number, "segmentation": rle})
     _write_refs(files, scene, number, rng)
     _write_talk(files, scene, number, rng)
     _write_captions(files, scene, number, rng)
@@ -217,11 +225,13 @@ SPREAD = 1_111_111
 """Factor from ``Scene.owner`` to panoptic ids; 15 owners fit into 24 bits."""
 
 
-def _annotation(image: int, thing: int) -> int:
+def annotation_id(image: int, thing: int) -> int:
+    """Return the id of a thing's COCO annotation."""
     return 100 * image + thing + 1
 
 
-def _segment(mask: np.ndarray, category: int, key: int) -> dict[str, Any]:
+def coco_segment(mask: np.ndarray, category: int, key: int) -> dict[str, Any]:
+    """Return what COCO says of a (H, W) bool mask besides the mask: its area, its box and that it is no crowd."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(columns[0]), int(rows[0])
     box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
@@ -247,7 +257,7 @@ def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generat
         files.refs.add(
             {
                 "ref_id": files.refs.count,
-                "ann_id": [] if none else _annotation(number, things[0]),
+                "ann_id": [] if none else annotation_id(number, things[0]),
                 "category_id": -1 if none else files.ids[scene.things[things[0]].shape],
                 "image_id": number,
                 "file_name": f"{number:012d}.png",

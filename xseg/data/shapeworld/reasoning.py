@@ -1,0 +1,154 @@
+"""Questions about a scene that take a step of thought before anything can be pointed at (reasoning segmentation).
+
+Some need knowledge ("What could roll?"), some a comparison of everything ("Which is the odd one out?"), some a look at
+one thing to find another. The answer is one thing, computed from the scene; where two people could give two answers,
+nothing is asked.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from xseg.data.shapeworld.language import SIDES, Form, Noun, article, evaluate, word
+from xseg.data.shapeworld.world import Scene, ground_map
+
+TYPES = ("shape", "ground", "odd", "alike")
+SHAPE_CLAUSES: dict[str, tuple[tuple[str, ...], str]] = {
+    "could roll": (("circle", "ring"), "has no corner"),
+    "has three corners": (("triangle",), "has three corners"),
+    "has four corners": (("square", "bar"), "has four corners"),
+    "has five points": (("star",), "has five points"),
+    "has a hole": (("ring",), "has a hole"),
+}
+"""What is asked -> the shapes of which it is true, and why."""
+GROUND_CLAUSES = {
+    "would get wet": ("water", "What is on the water gets wet."),
+    "seems to fly": ("sky", "What is in the sky seems to fly."),
+    "stands on a lawn": ("grass", "A lawn is grass."),
+    "is on a beach": ("sand", "A beach is sand."),
+}
+"""What is asked -> the ground of which it is true, and why."""
+ON, OFF = 0.9, 0.1
+"""A thing is on a ground with at least, and off it with at most, this part of its pixels; between them nothing is
+asked."""
+LEAST_ODD = 3
+"""Fewest things among which one can be the odd one."""
+LEAST_ALIKE = 2
+"""With so few things "the other one" takes no look."""
+EXPLAINED, SENTENCES = 0.6, 0.5
+"""How often an explanation is known, and how often a whole question is asked rather than a phrase named."""
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """One question, or phrase, with its only right answer."""
+
+    type: str
+    """One of ``TYPES``."""
+    text: str
+    is_sentence: bool
+    thing: int
+    """Index into ``Scene.things``, which holds others too."""
+    explanation: str
+    """Why, in a sentence; "" = none is given."""
+
+
+Found = tuple[str, str, int, str] | None
+"""(sentence, phrase, thing, explanation)."""
+
+
+def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
+    """Draw at most ``count`` riddles of different types."""
+    out: list[Riddle] = []
+    for kind in rng.permutation(list(TYPES)):
+        found = ASK[str(kind)](scene, rng)
+        if found is not None:
+            sentence, phrase, thing, explanation = found
+            is_sentence, explained = bool(rng.random() < SENTENCES), bool(rng.random() < EXPLAINED)
+            text = sentence if is_sentence else phrase
+            out.append(Riddle(str(kind), text, is_sentence, thing, explanation if explained else ""))
+    return out[:count]
+
+
+def _one(rows: list[int], scene: Scene) -> bool:
+    """Whether the rows are one thing among several."""
+    return len(rows) == 1 < len(scene.things)
+
+
+def _shape(scene: Scene, rng: np.random.Generator) -> Found:
+    options = []
+    for clause, (shapes, why) in SHAPE_CLAUSES.items():
+        rows = [i for i, thing in enumerate(scene.things) if thing.shape in shapes]
+        if _one(rows, scene):
+            options.append((clause, rows[0], f"{article(scene.things[rows[0]].shape).capitalize()} {why}."))
+    if not options:
+        return None
+    clause, thing, reason = options[int(rng.integers(len(options)))]
+    return f"What {clause}?", f"the one that {clause}", thing, reason
+
+
+def _ground(scene: Scene, rng: np.random.Generator) -> Found:
+    options = []
+    for clause, (name, reason) in GROUND_CLAUSES.items():
+        if name not in scene.ground.names:
+            continue
+        band = ground_map(scene.ground, scene.side) == scene.ground.names.index(name) + 1
+        shares = [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
+        rows = [i for i, share in enumerate(shares) if share >= ON]
+        if _one(rows, scene) and not any(OFF < share < ON for share in shares):
+            options.append((clause, rows[0], reason))
+    if not options:
+        return None
+    clause, thing, reason = options[int(rng.integers(len(options)))]
+    return f"What {clause}?", f"the one that {clause}", thing, reason
+
+
+def _odd(scene: Scene, rng: np.random.Generator) -> Found:
+    """One thing differs where all others agree; asked only where no second thing could be meant."""
+    if len(scene.things) < LEAST_ODD:
+        return None
+    found: dict[int, list[tuple[str, str]]] = {}
+    for attribute in ("colour", "shape", "texture", "size"):
+        values = [getattr(thing, attribute) for thing in scene.things]
+        (common, most), *rest = Counter(values).most_common()
+        if len(rest) == 1 and most == len(values) - 1:
+            found.setdefault(values.index(rest[0][0]), []).append((attribute, common))
+    if len(found) != 1:
+        return None
+    ((thing, reasons),) = found.items()
+    attribute, common = reasons[int(rng.integers(len(reasons)))]
+    others = Noun(shape=common).text(plural=True) if attribute == "shape" else common
+    return "Which is the odd one out?", "the odd one out", thing, f"All the others are {others}."
+
+
+def _alike(scene: Scene, rng: np.random.Generator) -> Found:
+    """The other thing with the colour or the shape of the one that stands farthest to a side."""
+    options = []
+    for side in SIDES:
+        form = Form(Noun(), order=(side, 1))
+        anchors = evaluate(form, scene)
+        if anchors is None or len(scene.things) <= LEAST_ALIKE:
+            continue
+        (anchor,) = anchors
+        for attribute in ("colour", "shape"):
+            value = getattr(scene.things[anchor], attribute)
+            rows = [i for i, t in enumerate(scene.things) if i != anchor and getattr(t, attribute) == value]
+            if len(rows) == 1:
+                options.append((attribute, word(form), value, rows[0]))
+    if not options:
+        return None
+    attribute, anchor_words, value, thing = options[int(rng.integers(len(options)))]
+    clause = f"has the {attribute} of {anchor_words}"
+    told = value if attribute == "colour" else article(value)
+    return f"What else {clause}?", f"the other one that {clause}", thing, f"{anchor_words.capitalize()} is {told}."
+
+
+ASK: dict[str, Callable[[Scene, np.random.Generator], Found]] = {
+    "shape": _shape,
+    "ground": _ground,
+    "odd": _odd,
+    "alike": _alike,
+}
+"""Type -> how it is asked."""
