@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Literal
+import zlib
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from xseg.config import StageRecipe
-from xseg.errors import UserError
+from xseg.errors import RunError, UserError
 from xseg.train.stage import check_compiler
 
 Precision = Literal["fp32", "autocast", "bf16"]
@@ -71,6 +72,21 @@ def choose_precision(recipe: StageRecipe) -> Precision:
         return "fp32"
     # On CPU the casts of bf16 weights cost more than they save; on an accelerator they halve the memory.
     return "bf16" if uses_deepspeed() and torch.cuda.is_available() else "autocast"
+
+
+def together(acc: Accelerator, step: int, batch: Any, stop: int) -> bool:
+    """Whether all ranks do step ``step`` (0-based); False when one of them was asked to stop. One gather of 24 bytes.
+
+    ``batch``: what the plan gives all ranks for this step. Raises RunError, on all ranks, when a rank is at another
+    step or plans another batch (other annotation files, other recipes): their collectives would not fit together.
+    """
+    mine = [step, zlib.crc32(repr(batch).encode()), stop]
+    rows = acc.gather(torch.tensor([mine], dtype=torch.int64, device=acc.device)).tolist()
+    other = [rank for rank, row in enumerate(rows) if row[:2] != rows[0][:2]]
+    if other:
+        at = ", ".join(f"rank {rank}: step {rows[rank][0] + 1}, batch {rows[rank][1]:08x}" for rank in (0, *other))
+        raise RunError(f"the ranks are not at the same work ({at}): do they see the same recipes and annotation files?")
+    return not any(row[2] for row in rows)
 
 
 def finish(acc: Accelerator) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, one line per logged step, and a progress bar with the rate and the time left."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,9 @@ def _step(line: str) -> float:
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON knows no NaN
+    return value
 
 
 class Progress:
