@@ -71,6 +71,8 @@ class Mixture(Recipe):
     datasets: list[MixtureEntry]
     balance: float | None = 0.1
     """t of r = max(1, sqrt(t / f)) (X-SAM section 3.4); None = no resampling."""
+    batches: Literal["source", "mixed"] = "source"
+    """What stands together in the samples of a step: those of one data set (X-SAM), or any."""
 
 
 class LrGroup(Recipe):

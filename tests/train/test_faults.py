@@ -77,9 +77,7 @@ def test_a_corrupt_image(train: Run, own: Path, tmp_path: Path, capsys: pytest.C
     assert "shapes/train/" in (tmp_path / "run/post_mortem.txt").read_text()
 
 
-def test_an_annotation_without_its_mask(
-    train: Run, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_annotation_without_its_mask(train: Run, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """No field: refused by its id. A mask without a pixel: the object is left out, and the run goes on."""
     file = own / "shapes/train/instances.json"
     content = json.loads(file.read_text())
@@ -141,9 +139,7 @@ def test_a_skipped_step_changes_no_weight(
     assert train("s1", tmp_path / "run", "steps=3", "save_every=1", "keep_checkpoints=3", "skip_nonfinite=3") == 0
     said = capsys.readouterr().out
     assert "step 2: loss is nan" in said and "(skipped, 2 of 3)" in said
-    first, last = (
-        checkpoint.read_weights(tmp_path / f"run/checkpoints/step_{step}") for step in (1, 3)
-    )
+    first, last = (checkpoint.read_weights(tmp_path / f"run/checkpoints/step_{step}") for step in (1, 3))
     assert all(torch.equal(value, last[name]) for name, value in first.items())
 
 
@@ -171,19 +167,22 @@ def test_a_data_worker_is_killed(
     assert losses(tmp_path / "run")[:2] == losses(tmp_path / "alone")[:2]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(
-    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, workers: int
 ) -> None:
+    """The signal goes to all processes, as from a terminal or a scheduler."""
     step = loop.Trainer.step
 
     def signalled(self: loop.Trainer, at: int, micros: list) -> dict:
         if at == 2:
-            os.kill(os.getpid(), number)
+            for pid in (os.getpid(), *(child.pid or 0 for child in multiprocessing.active_children())):
+                os.kill(pid, number)
             time.sleep(0.2)
         return step(self, at, micros)
 
-    settings = ("steps=5", "save_every=100")
+    settings = ("steps=8", "save_every=100", f"num_workers={workers}")
     assert train("s1", tmp_path / "whole", *settings) == 0
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "step", signalled)
@@ -196,18 +195,19 @@ def test_a_signal_saves_and_ends(
 @pytest.mark.parametrize("limit", [300, 20_000])
 def test_a_full_disk(train: Run, tmp_path: Path, capsys: pytest.CaptureFixture, limit: int) -> None:
     """Files beyond ``limit`` bytes fail, as all do on a full disk: metrics.jsonl (300 bytes), then a checkpoint."""
-    assert train("s1", tmp_path / "run", "steps=2", "save_every=2") == 0
+    constant = ("save_every=2", "schedule.kind=constant")
+    assert train("s1", tmp_path / "run", "steps=2", *constant) == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        assert train("s1", tmp_path / "run", "steps=4", "save_every=2", flags=GO_ON) == 2
+        assert train("s1", tmp_path / "run", "steps=4", *constant, flags=GO_ON) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert "ree some space" in said and "--resume auto" in said and "Traceback" not in said
     assert list(state.checkpoints(tmp_path / "run")) == [2]
-    assert train("s1", tmp_path / "run", "steps=4", "save_every=2", flags=GO_ON) == 0
-    assert train("s1", tmp_path / "other", "steps=4", "save_every=2") == 0
+    assert train("s1", tmp_path / "run", "steps=4", *constant, flags=GO_ON) == 0
+    assert train("s1", tmp_path / "other", "steps=4", *constant) == 0
     assert losses(tmp_path / "run")[2:] == losses(tmp_path / "other")[2:]
 
 

@@ -127,7 +127,14 @@ def test_memory_that_does_not_do_names_the_batch(tmp_path: Path, size: int) -> N
     with pytest.raises(RuntimeError) as caught:
         torch.empty(size)
     text = str(explained(caught.value, dog))
-    for word in ("rank 1", "step 7 of refcoco: refcoco/3", "480x640", "[1753] tokens", "halve batch_size", "zero3.yaml"):
+    for word in (
+        "rank 1",
+        "step 7 of refcoco: refcoco/3",
+        "480x640",
+        "[1753] tokens",
+        "halve batch_size",
+        "zero3.yaml",
+    ):
         assert word in text
     assert "refcoco/3" in str(explained(torch.OutOfMemoryError("CUDA out of memory. Tried"), dog))
     assert explained(ValueError("something else"), dog) is None

@@ -4,7 +4,7 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch.utils.data
 
@@ -43,7 +43,7 @@ def keys(datasets: Sequence[Dataset], items: Sequence[Item]) -> list[str]:
 
 def loader(
     datasets: Sequence[Dataset], plan: Plan, rank: int, start_step: int, stop_step: int, num_workers: int = 0
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Yield the micro-batches of each step from ``start_step`` up to, not including, ``stop_step``.
 
     The batches are the same whatever ``num_workers`` and wherever one starts; a worker's UserError is raised as it is.
@@ -64,12 +64,8 @@ def loader(
         # torch's handler raises wherever the main thread is when a worker dies, in the midst of a collective, too;
         # without it the death is noticed here, within seconds of asking that worker for a batch.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        for place in places[:: plan.accumulate]:
-            yield [_next(batches, source, (place[0], micro)) for micro in range(plan.accumulate)]
-    finally:
-        # The workers end with their iterator, which the frames of a traceback would keep.
-        del batches
+    for step in range(start_step, stop_step):
+        yield [_next(batches, source, (step, micro)) for micro in range(plan.accumulate)]
 
 
 def _next(batches: Iterator[Batch | UserError], source: MicroBatches, place: tuple[int, int]) -> Batch:
@@ -89,10 +85,8 @@ def _next(batches: Iterator[Batch | UserError], source: MicroBatches, place: tup
 
 
 def _worker(number: int) -> None:
-    """Start of a worker process; it ends with its parent, which alone heeds the signals that stop a run."""
-    signal.set_wakeup_fd(-1)
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
+    """Start of a worker process; Ctrl-C in a terminal reaches it, too, but only its parent heeds it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_memory()
 
 

@@ -23,7 +23,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the recipe"
     )
     parser.add_argument(
-        "--resume", choices=("auto", "none"), default="none", help="auto: go on from the newest complete checkpoint"
+        "--resume",
+        default="none",
+        metavar="auto|DIR",
+        help="auto: go on from the newest whole checkpoint; DIR: start from what `xseg consolidate` wrote, with any "
+        "number of processes (once the run has checkpoints of its own, from these)",
     )
     return parser.parse_args(arguments)
 
@@ -33,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     try:
         stage = read_stage(given.stage, given.set)
-        check_fresh(stage, resume=given.resume == "auto")
+        check_fresh(stage, resume=given.resume != "none")
         from xseg.train.loop import train
 
-        train(stage, resume=given.resume == "auto")
+        train(stage, given.resume)
     except Stopped as error:
         _say(error)
         return error.status

@@ -4,8 +4,9 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,17 @@ from accelerate.utils import DistributedType
 
 from xseg.data.loader import keys, loader
 from xseg.data.mixture import Plan
+from xseg.errors import RunError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
-from xseg.train import assemble, launch, optim, state
+from xseg.train import assemble, consolidate, launch, optim, state
 from xseg.train.export import export
 from xseg.train.log import Console
 from xseg.train.stage import Stage
 from xseg.train.stop import Stop, Stopped
 from xseg.train.trouble import Skipped, check_gradients, told
 from xseg.train.watch import HeldOut, held_out
-from xseg.train.watchdog import Watchdog
+from xseg.train.watchdog import Watchdog, contents
 from xseg.types import Batch
 
 TERMS = ("lm", "class", "mask", "dice", "pixel_class", "aux")
@@ -38,6 +40,8 @@ class Trainer:
     model: Any
     optimizer: Any
     criterion: Criterion
+    rates: Sequence[float]
+    """Learning rate of every parameter group, before the schedule's factor; a checkpoint holds them with it."""
     seed: int
     clip: float
     precision: launch.Precision
@@ -55,13 +59,14 @@ class Trainer:
         """
         acc, rank = self.acc, self.acc.process_index
         self.watchdog.at("counts with the other ranks")
+        held = [contents(batch) for batch in micros]
         micros = [batch.to(acc.device) for batch in micros]
         totals, finite = self._totals(micros), []
         sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=acc.device)
         norm = 0.0
         torch.manual_seed(int(generator("cpu", self.seed, step, rank).initial_seed()))
         for number, batch in enumerate(micros):
-            self.watchdog.begin(number, batch)
+            self.watchdog.begin(number, held[number])
             draw = generator(acc.device, self.seed, step, rank, number)
             with acc.accumulate(self.model):
                 with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
@@ -110,11 +115,13 @@ def _sums(terms: Mapping[str, torch.Tensor], total: torch.Tensor) -> torch.Tenso
     return torch.stack([total, *(values[name] for name in TERMS)]).double()
 
 
-def train(stage: Stage, resume: bool) -> None:
+def train(stage: Stage, resume: str = "none") -> None:
     """Train a stage from its recipe to ``out/final``.
 
-    Raises UserError for everything the user can mend; files and recipes are checked before the model is built. Raises
-    RunError when a process, a sample or the arithmetic ends the run, and Stopped after SIGTERM or SIGINT.
+    ``resume``: "none"; "auto" = go on from the newest whole checkpoint; or a folder that ``consolidate`` wrote, from
+    which the run starts while it has no checkpoint of its own. Raises UserError for everything the user can mend; files
+    and recipes are checked before the model is built. Raises RunError when a process, a sample or the arithmetic ends
+    the run, and Stopped after SIGTERM or SIGINT.
     """
     recipe = stage.recipe
     data = assemble.load_data(stage)
@@ -126,31 +133,36 @@ def train(stage: Stage, resume: bool) -> None:
     acc = launch.accelerator(recipe, precision)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
+    begin = 0
+    if resume not in ("auto", "none"):
+        begin = consolidate.begin(stage, Path(resume), acc.num_processes)
+        stage = replace(stage, recipe=recipe.model_copy(update={"init_from": [resume]}))
     model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
+    rates = [group["lr"] for group in optimizer.param_groups]
     queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, acc.print)
     with Watchdog(stage.out, acc.process_index, acc.num_processes, recipe.stall) as watchdog, told(watchdog):
         watchdog.listen(model)
         model, optimizer = acc.prepare(model.train(), optimizer)
         numbers = recipe.seed, recipe.clip, precision, queries
-        trainer = Trainer(acc, model, optimizer, criterion, *numbers, watchdog, skipped)
-        run(trainer, stage, plan, data, resume, watched)
+        trainer = Trainer(acc, model, optimizer, criterion, rates, *numbers, watchdog, skipped)
+        start = go_on(trainer, stage, begin) if resume != "none" else 0
+        run(trainer, stage, plan, data, start, watched)
         with watchdog.slow("exports the model"):
             export(acc, model, stage, data.processor, reports)
     launch.finish(acc)
 
 
-def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume: bool, watched: HeldOut | None) -> None:
-    """Do the steps that are left, with what happens between them: rate, log, save, and a look at held-out images.
+def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: int, watched: HeldOut | None) -> None:
+    """Do the steps after ``start``, with what happens between them: rate, log, save, and a look at held-out images.
 
     Raises Stopped, the state saved, when any rank got SIGTERM or SIGINT.
     """
     recipe, acc, names, watchdog = stage.recipe, trainer.acc, assemble.names(stage), trainer.watchdog
     steps = recipe.steps or max(1, round(recipe.epochs * plan.steps_per_epoch))
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    start = saved = go_on(trainer, stage) if resume else 0
+    saved = start
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
     console = Console(stage.out, names, start, steps, acc.is_main_process)
     if watched and start and watched.due(start, steps):
@@ -160,15 +172,19 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
             clock, planned = time.monotonic(), plan.batch(step)
             own, source = [item for micro in planned[acc.process_index] for item in micro], planned[0][0][0].dataset
             watchdog.step(step + 1, names[own[0].dataset], partial(keys, data.datasets, own))
-            micros = next(batches)
+            try:
+                micros = next(batches)
+            except RunError:
+                if not stop.asked:  # else the signal went to all processes, and the data workers ended of it
+                    raise
             waited = time.monotonic() - clock
             if not launch.together(acc, step, planned, stop.asked):
                 if step > saved:
                     save(trainer, stage, step)
                 raise Stopped(stop.asked or signal.SIGTERM)
             factor = optim.factor(step, steps, recipe.schedule)
-            optim.set_rates(trainer.optimizer, rates, factor)
-            figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
+            optim.set_rates(trainer.optimizer, trainer.rates, factor)
+            figures = {"lr": factor * max(trainer.rates), "data_s": waited} | trainer.step(step, micros)
             last, seconds = step + 1 == steps, time.monotonic() - clock
             due = watched is not None and watched.due(step + 1, steps)
             watchdog.done(seconds)
@@ -180,11 +196,15 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
     console.progress.close()
 
 
-def go_on(trainer: Trainer, stage: Stage) -> int:
-    """Take up the newest whole checkpoint; return its step, 0 without one."""
+def go_on(trainer: Trainer, stage: Stage, begin: int) -> int:
+    """Take up the newest whole checkpoint; return its step, ``begin`` without one."""
     found = state.newest(trainer.acc, stage.out)
     if found is None:
-        return 0
+        if begin:
+            trainer.acc.print(
+                f"goes on after step {begin} with the weights of {stage.recipe.init_from[0]}, a new optimiser"
+            )
+        return begin
     written = state.restore(trainer.acc, found, stage.resolved())
     trainer.skipped.count = written["skipped"]
     trainer.acc.print(f"resumed from {found}", flush=True)

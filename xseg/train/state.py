@@ -90,7 +90,8 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> dict[str
         names = [f"{k} = {written.get(k)}, now {v}" for k, v in now.items() if written.get(k) != v]
         raise UserError(
             f"{path}: written with {'; '.join(names)}: optimiser states cannot be split anew; resume with the "
-            "accelerate config and the number of processes of the first launch"
+            "accelerate config and the number of processes of the first launch, or go on from the weights alone: "
+            "`xseg consolidate STAGE --set ... --out DIR`, then this launch with another out and --resume DIR"
         )
     acc.load_state(str(path))
     return state
@@ -142,7 +143,7 @@ def newest(acc: Accelerator, out: Path) -> Path | None:
 
 def _newest(out: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that is damaged."""
-    faults = {}
+    faults: dict[Path, str] = {}
     for path in reversed(checkpoints(out).values()):
         fault = manifest.fault(path)
         if not fault:

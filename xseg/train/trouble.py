@@ -48,8 +48,8 @@ def explained(error: Exception, watchdog: Watchdog) -> UserError | RunError | No
     if isinstance(error, UserError | RunError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        place_ = error.filename or "the run folder"
-        return UserError(f"{place_}: disk full ({error.strerror}); free some space, then --resume auto")
+        where = error.filename or watchdog.folder.parent
+        return UserError(f"{where}: disk full ({error.strerror}); free some space, then --resume auto")
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in MEMORY):
         return UserError(out_of_memory(watchdog, text.splitlines()[0] if text else type(error).__name__))

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 
+from xseg.train.log import rewrite
 from xseg.types import Batch
 
 RANKS, REPORT = "ranks", "post_mortem.txt"
@@ -90,10 +91,10 @@ class Watchdog:
         """A sign of life: what this rank does now, in words that follow "rank 0"."""
         self.record |= {"at": self.record["at"] + 1, "doing": doing}
 
-    def begin(self, number: int, batch: Batch) -> None:
-        """A micro-batch begins; what is in it is written down before anything can happen to it."""
+    def begin(self, number: int, held: dict[str, Any]) -> None:
+        """A micro-batch begins; its ``contents`` are written down before anything can happen to it."""
         self.arrived.clear()
-        self.record["batch"] = contents(batch)
+        self.record["batch"] = held
         self.at(f"computes micro-batch {number + 1}")
         self.write()
 
@@ -114,9 +115,7 @@ class Watchdog:
     def write(self) -> None:
         """Put the record where other ranks, and people, find it."""
         with self._lock:
-            temporary = self.folder / f".{self.rank}.tmp"
-            temporary.write_text(json.dumps(self.record | {"gradients": len(self.arrived)}), encoding="utf8")
-            temporary.replace(self.folder / f"{self.rank}.json")
+            rewrite(self.folder / f"{self.rank}.json", json.dumps(self.record | {"gradients": len(self.arrived)}))
 
     def records(self) -> list[dict[str, Any]]:
         """What is known of every rank of this run."""
@@ -155,7 +154,10 @@ class Watchdog:
 
 
 def contents(batch: Batch) -> dict[str, Any]:
-    """What a micro-batch holds: sample keys, (height, width) of its images, tokens of each text, queries, masks."""
+    """What a micro-batch holds: sample keys, (height, width) of its images, tokens of each text, queries, masks.
+
+    Asked before the batch goes to an accelerator, which would have to be waited for.
+    """
     return {
         "samples": list(batch.keys),
         "images": [list(g.original) for g in batch.geometry],
