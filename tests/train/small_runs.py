@@ -30,6 +30,11 @@ def pictures(root: Path) -> Path:
     return root
 
 
+def a_minute() -> float:
+    """Sixty seconds on processors of one's own: more where others wait for the same ones."""
+    return 60 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 def metrics(out: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from matrix_runs import Split, start
-from small_runs import SAMPLED, finished, launch, metrics, pictures, untimed
+from small_runs import SAMPLED, a_minute, finished, launch, metrics, pictures, untimed
 
 from xseg.train import manifest, state
 
@@ -60,7 +60,7 @@ def test_a_rank_is_lost(data: Path, tmp_path: Path, zero: int, harm: signal.Sign
         victim = reached(out, 7, lambda: first.is_alive() and second.is_alive())
         begin = time.monotonic()
         os.kill(victim["pid"], harm)
-        first.join(60)
+        first.join(a_minute())
         assert first.exitcode == 1, f"{time.monotonic() - begin:.0f} s\n" + out.with_suffix(".log").read_text()
     finally:
         for process in (first, second):
@@ -82,7 +82,7 @@ def test_the_launcher_is_told_to_stop(data: Path, tmp_path: Path) -> None:
     try:
         reached(cut, 5, lambda: process.poll() is None)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) != 0
+        assert process.wait(a_minute()) != 0
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from xseg.errors import RunError
-from xseg.train import watchdog
+from xseg.train import launch, watchdog
 from xseg.train.trouble import check_gradients, explained, told
 from xseg.train.watchdog import Watchdog, alive, behind
 
@@ -74,6 +74,7 @@ def test_slow_work_and_slow_steps_have_more_time(tmp_path: Path) -> None:
         with dog.slow("saves"):
             time.sleep(0.5)
         dog.done(1.0)
+        dog.step(2, "a", list)
         time.sleep(0.5)
     assert not (tmp_path / "post_mortem.txt").exists()
 
@@ -147,3 +148,29 @@ def test_the_record_is_read_by_others_at_any_time(tmp_path: Path) -> None:
             dog.write()
             assert json.loads((tmp_path / "ranks/0.json").read_text())["step"] == step
         assert watchdog.place(dog.records()[0]).endswith("in step 49")
+
+
+class Pair:
+    """Two ranks, the second of which gathers something else by ``other``."""
+
+    device = "cpu"
+
+    def __init__(self, *other: int) -> None:
+        self.other = torch.tensor([other])
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mine, mine + self.other])
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0), (0, 5, 0)], ids=["another step", "another batch"])
+def test_ranks_at_other_work_are_named(other: tuple[int, ...]) -> None:
+    pair: Any = Pair(*other)
+    with pytest.raises(RunError, match=r"not at the same work \(rank 0: step 4, batch \w{8}, rank 1: step [45], batch"):
+        launch.together(pair, 3, [[1, 2]], 0)
+
+
+def test_one_rank_that_stops_stops_all() -> None:
+    same: Any = Pair(0, 0, 0)
+    stops: Any = Pair(0, 0, 15)
+    assert launch.together(same, 3, [[1, 2]], 0) and not launch.together(same, 3, [[1, 2]], 2)
+    assert not launch.together(stops, 3, [[1, 2]], 0)

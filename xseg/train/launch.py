@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
 from xseg.config import StageRecipe
 from xseg.errors import RunError, UserError
@@ -35,12 +36,28 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
         deepspeed_plugin=_plugin(recipe, precision) if uses_deepspeed() else None,
         kwargs_handlers=handlers,
     )
+    _build_whole()
     if acc.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but accelerate sees {acc.num_processes}: each would train alone; use "
             "one of the files in train_stages/accelerate (on CPU: cpu2.yaml) with --config_file"
         )
     return acc
+
+
+def prepare(acc: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Wrap model and optimiser as the launcher's environment says."""
+    model, optimizer = acc.prepare(model, optimizer)
+    _build_whole()
+    return model, optimizer
+
+
+def _build_whole() -> None:
+    """Under ZeRO-3 accelerate tells transformers to build every model in slices, the language model alone of ours.
+
+    Models are built whole instead, and DeepSpeed cuts all of the prepared one; the copies that are saved stay whole.
+    """
+    unset_hf_deepspeed_config()
 
 
 def _plugin(recipe: StageRecipe, precision: Precision) -> DeepSpeedPlugin:

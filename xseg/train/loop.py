@@ -142,10 +142,10 @@ def train(stage: Stage, resume: str = "none") -> None:
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
     rates = [group["lr"] for group in optimizer.param_groups]
-    queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, acc.print)
+    queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, partial(acc.print, flush=True))
     with Watchdog(stage.out, acc.process_index, acc.num_processes, recipe.stall) as watchdog, told(watchdog):
         watchdog.listen(model)
-        model, optimizer = acc.prepare(model.train(), optimizer)
+        model, optimizer = launch.prepare(acc, model.train(), optimizer)
         numbers = recipe.seed, recipe.clip, precision, queries
         trainer = Trainer(acc, model, optimizer, criterion, rates, *numbers, watchdog, skipped)
         start = go_on(trainer, stage, begin) if resume != "none" else 0
@@ -201,9 +201,8 @@ def go_on(trainer: Trainer, stage: Stage, begin: int) -> int:
     found = state.newest(trainer.acc, stage.out)
     if found is None:
         if begin:
-            trainer.acc.print(
-                f"goes on after step {begin} with the weights of {stage.recipe.init_from[0]}, a new optimiser"
-            )
+            given = stage.recipe.init_from[0]
+            trainer.acc.print(f"goes on after step {begin} with the weights of {given}, a new optimiser", flush=True)
         return begin
     written = state.restore(trainer.acc, found, stage.resolved())
     trainer.skipped.count = written["skipped"]

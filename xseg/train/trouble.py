@@ -2,8 +2,9 @@
 
 import errno
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def explained(error: Exception, watchdog: Watchdog) -> UserError | RunError | No
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in MEMORY):
         return UserError(out_of_memory(watchdog, text.splitlines()[0] if text else type(error).__name__))
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in text for word in LOST)):
-        watchdog.write()
+        with suppress(OSError):
+            watchdog.write()
+        time.sleep(1)  # the others notice now, too, and write where they stand
         first = text.splitlines()[0]
         return RunError(f"lost the other ranks ({first}); {behind(watchdog.records(), watchdog.rank)}")
     return None

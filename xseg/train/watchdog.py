@@ -99,8 +99,10 @@ class Watchdog:
         self.write()
 
     def done(self, seconds: float) -> None:
-        """A step is done; the longest one tells how long to wait for the next."""
-        self._longest, self._scale = max(self._longest, seconds), 1.0
+        """A step is done; the longest one, but for the first, tells how long to wait for the next."""
+        if self._scale == 1.0:
+            self._longest = max(self._longest, seconds)
+        self._scale = 1.0
 
     @contextmanager
     def slow(self, doing: str) -> Iterator[None]:
@@ -129,6 +131,8 @@ class Watchdog:
                 file.write(report + "\n")
         except FileExistsError:
             return False
+        except OSError as error:
+            print(f"{self.folder.parent / REPORT}: cannot be written: {error}", file=sys.stderr)
         return True
 
     def _watch(self) -> None:
@@ -143,14 +147,16 @@ class Watchdog:
                 self._give_up(waited)
 
     def _give_up(self, waited: float) -> None:
-        """The main thread waits for something that does not come: tell, and end the process."""
-        self.record["batch"] = self.record.get("batch") or {"samples": self._coming()}
-        self.write()
-        time.sleep(2)  # the others' patience ends now too, and each writes where it stands
-        report = f"no progress for {waited:.0f} s (stall); {behind(self.records(), self.rank)}"
-        if self.claim(report):
-            print(f"xseg.train: {report}", file=sys.stderr, flush=True)
-        os._exit(1)
+        """The main thread waits for something that does not come: tell, and end the process whatever happens."""
+        try:
+            self.record["batch"] = self.record.get("batch") or {"samples": self._coming()}
+            self.write()
+            time.sleep(2)  # the others' patience ends now too, and each writes where it stands
+            report = f"no progress for {waited:.0f} s (stall); {behind(self.records(), self.rank)}"
+            if self.claim(report):
+                print(f"xseg.train: {report}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
 
 def contents(batch: Batch) -> dict[str, Any]:
