@@ -27,10 +27,10 @@ def settings(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def run(settings: list[str], tmp_path: Path) -> Iterator[Run]:
-    def start(out: str, *given: str, resume: str = "none") -> int:
+    def start(out: str, *given: str, resume: str = "none", stage: str = "s1") -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
-        stage = str(next(TINY.glob("s1_*.yaml")))
-        return train([stage, "--set", *settings, f"out={tmp_path / out}", *given, "--resume", resume])
+        path = str(next(TINY.glob(f"{stage}_*.yaml")))
+        return train([path, "--set", *settings, f"out={tmp_path / out}", *given, "--resume", resume])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,9 +39,9 @@ def run(settings: list[str], tmp_path: Path) -> Iterator[Run]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def consolidate(settings: list[str], out: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def consolidate(settings: list[str], out: Path, to: Path, monkeypatch: pytest.MonkeyPatch, stage: str = "s1") -> int:
     given = [word for setting in (*settings, f"out={out}", "batch_size=4") for word in ("--set", setting)]
-    arguments = ["consolidate", str(next(TINY.glob("s1_*.yaml"))), "--out", str(to), *given]
+    arguments = ["consolidate", str(next(TINY.glob(f"{stage}_*.yaml"))), "--out", str(to), *given]
     monkeypatch.setattr(sys, "argv", ["xseg", *arguments])
     with pytest.raises(SystemExit) as end:
         command_line()
@@ -82,3 +82,22 @@ def test_on_with_another_split(
     assert "is there already" in capsys.readouterr().err
     assert consolidate(settings, tmp_path / "nothing", tmp_path / "x", monkeypatch) == 2
     assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_tied_weights_and_words_come_along(
+    run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("s3", "batch_size=4", "steps=1", stage="s3") == 0
+    settings = [*settings, "steps=1"]
+    assert consolidate(settings, tmp_path / "s3", tmp_path / "whole", monkeypatch, "s3") == 0
+    final, whole = (load(tmp_path / name) for name in ("s3/final", "whole"))
+    wanted, found = (model.model.state_dict() for model, _ in (final, whole))
+    assert wanted.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert whole[1].encoder is not None
+    tampered = checkpoint.read_weights(tmp_path / "s3/final")
+    del tampered["background"]
+    monkeypatch.setattr("xseg.train.consolidate.weights", lambda path: tampered | {"other": torch.ones(1)})
+    assert consolidate(settings, tmp_path / "s3", tmp_path / "half", monkeypatch, "s3") == 2
+    said = capsys.readouterr().err
+    assert "1 tensors are not there (background), 1 have no place (other)" in said
+    assert not (tmp_path / "half").exists()

@@ -13,6 +13,7 @@ from xseg.errors import UserError
 from xseg.models import checkpoint
 from xseg.train import assemble, manifest, state
 from xseg.train.stage import Stage
+from xseg.train.watchdog import listed
 
 SHARDS = "pytorch_model"
 """Folder of DeepSpeed's shards in a checkpoint; without DeepSpeed the weights are one safetensors file."""
@@ -35,7 +36,14 @@ def consolidate(stage: Stage, out: Path) -> int:
     state.check_same(written["recipe"], stage.resolved(), found)
     data = assemble.load_data(stage)
     model = assemble.skeleton(assemble.configuration(stage, data))
-    model.load_state_dict(weights(found), assign=True)
+    _, unknown = model.load_state_dict(weights(found), strict=False, assign=True)
+    model.tie_weights()  # of two names for one tensor a checkpoint may hold the first alone
+    absent = [name for name, value in model.state_dict().items() if value.is_meta]
+    if unknown or absent:
+        raise UserError(
+            f"{found}: does not hold the model of this stage: {len(absent)} tensors are not there ({listed(absent)}), "
+            f"{len(unknown)} have no place ({listed(unknown)}); give the stage and the settings that wrote it"
+        )
     with checkpoint.replacing(out) as partial:
         model.save_pretrained(partial)
         data.processor.save_pretrained(partial)
