@@ -21,7 +21,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.multiprocessing
 
 from xseg.data.loader import loader
 from xseg.data.shapeworld.write import write
@@ -34,8 +34,8 @@ TARGET = 1.6
 GLOBAL, PICTURES, SIDE = 8, 200, 480
 
 
-def prepare(root: str, rank: int, world: int, steps: int, ready: Barrier, done: Any) -> None:
-    """One process: its rank's batches of ``steps`` steps; tells the seconds it took."""
+def prepare(rank: int, root: str, world: int, steps: int, ready: Barrier, done: Any) -> None:
+    """One process: its rank's batches of ``steps`` steps; tells the images and the seconds they took."""
     torch.set_num_threads(1)
     settings = [f"data_root={root}", f"batch_size={GLOBAL // world}", "model_overrides={sam: {image_size: 1024}}"]
     stage = read_stage(str(STAGE), settings)
@@ -51,13 +51,9 @@ def prepare(root: str, rank: int, world: int, steps: int, ready: Barrier, done: 
 def rate(root: str, world: int, steps: int) -> float:
     """Images per second of all processes together."""
     context: Any = multiprocessing.get_context("spawn")
-    ready, done = context.Barrier(world), context.Queue()
-    processes = [context.Process(target=prepare, args=(root, r, world, steps, ready, done)) for r in range(world)]
-    for process in processes:
-        process.start()
-    told: Sequence[tuple[int, float]] = [done.get() for _ in processes]
-    for process in processes:
-        process.join()
+    ready, done = context.Barrier(world), context.SimpleQueue()
+    torch.multiprocessing.spawn(prepare, (root, world, steps, ready, done), nprocs=world)
+    told: Sequence[tuple[int, float]] = [done.get() for _ in range(world)]
     return sum(images for images, _ in told) / max(seconds for _, seconds in told)
 
 

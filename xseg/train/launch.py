@@ -47,8 +47,15 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
 
 def prepare(acc: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
     """Wrap model and optimiser as the launcher's environment says."""
+    own = list(model.parameters(recurse=False))
     model, optimizer = acc.prepare(model, optimizer)
     _build_whole()
+    plugin = acc.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        for parameter in own:
+            # ZeRO-3 finds the backward of a module by the tensors it gave back, and knows no dataclass: what the whole
+            # model itself owns (a vector) is kept together from its forward to the update.
+            parameter.is_external_param = True
     return model, optimizer
 
 
