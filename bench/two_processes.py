@@ -37,7 +37,8 @@ GLOBAL, PICTURES, SIDE = 8, 200, 480
 def prepare(rank: int, root: str, world: int, steps: int, ready: Barrier, done: Any) -> None:
     """One process: its rank's batches of ``steps`` steps; tells the images and the seconds they took."""
     torch.set_num_threads(1)
-    settings = [f"data_root={root}", f"batch_size={GLOBAL // world}", "model_overrides={sam: {image_size: 1024}}"]
+    sizes = ["model=scratch", "model_overrides={sam: {image_size: 1024}}"]
+    settings = [f"data_root={root}", f"batch_size={GLOBAL // world}", *sizes]
     stage = read_stage(str(STAGE), settings)
     data = assemble.load_data(stage)
     batches = loader(data.datasets, assemble.plan(stage, data, world), rank, 0, steps + 1, num_workers=1)
