@@ -45,7 +45,6 @@ bench: $(READY)
 	$(BIN)/python bench/criterion.py
 	$(BIN)/python bench/data_path.py
 	$(BIN)/python bench/postprocess.py
-	$(BIN)/python bench/two_processes.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
