@@ -74,6 +74,8 @@ class Mixture(Recipe):
     datasets: list[MixtureEntry]
     balance: float | None = 0.1
     """t of r = max(1, sqrt(t / f)) (X-SAM section 3.4); None = no resampling."""
+    batches: Literal["source", "mixed"] = "source"
+    """What stands together in the samples of a step: those of one data set (X-SAM), or any."""
 
 
 class LrGroup(Recipe):
@@ -173,6 +175,12 @@ class StageRecipe(Recipe):
     log_every: int = 1
     save_every: int = 2000
     keep_checkpoints: int = 2
+    skip_nonfinite: int = 0
+    """Steps of a run whose loss or gradient may be no finite number: they change no weight, and their samples are told.
+    One more ends the run. 0 = the first one does."""
+    stall: float = Field(default=50.0, gt=0)
+    """Seconds without progress after which a run is ended with a report of where each process stands; ten times the
+    longest step so far, if that is longer."""
     watch: Watch | None = None
     """``{suite: shapes, every: 100, images: 64}``: figures on held-out images while the stage trains; None = none."""
 

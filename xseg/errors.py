@@ -1,4 +1,4 @@
-"""The one error a user can cause. Its message names the value, the rule, the fix and the place."""
+"""The errors whose message says everything: value, rule, fix and place; nobody has to read a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,13 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Wrong input from the user; command lines print the message alone and exit with status 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its input is right: a process that is gone, a loss that is no number.
+
+    Command lines print the message alone and exit with status 1.
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -50,6 +50,27 @@ def test_an_epoch(lengths: list[int], size: int, world: int, accumulate: int, ep
         assert max(mine.values()) - 1 <= math.ceil(extra / draws), "and with different draws"
 
 
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.integers(0, 3))
+def test_a_mixed_epoch_has_the_same_draws_in_fewer_batches(lengths: list[int], size: int, epoch: int) -> None:
+    factors = [1.5] * len(lengths)
+    mixed, plain = (Plan(lengths, factors, size, 2, mixed=kind, seed=3) for kind in (True, False))
+    drawn: list[set[Item]] = []
+    for plan in (mixed, plain):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        drawn.append({item for step in steps for item in flat(plan, step)})
+    assert drawn[0] == drawn[1]
+    assert mixed.steps_per_epoch == -(-len(drawn[0]) // mixed.global_batch) <= plain.steps_per_epoch
+
+
+def test_mixed_batches_mix() -> None:
+    plan = Plan([300, 300], [1, 1], 4, 2, mixed=True)
+    kinds = [len({item.dataset for item in flat(plan, step)}) for step in range(plan.steps_per_epoch)]
+    assert sum(k == 2 for k in kinds) > 0.9 * len(kinds)
+    split = Plan([300, 300], [1, 1], 2, 2, 2, mixed=True)
+    assert all(Counter(flat(split, s)) == Counter(flat(plan, s)) for s in range(plan.steps_per_epoch))
+
+
 @settings(max_examples=20, deadline=None)
 @given(LENGTHS, st.integers(1, 3))
 def test_over_epochs_every_sample_is_drawn_equally_often(lengths: list[int], size: int) -> None:

@@ -1,6 +1,9 @@
 """A stage of a few thousand weights on a handful of pictures, and how its run is read."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from xseg.data.shapeworld.write import write
@@ -27,6 +30,11 @@ def pictures(root: Path) -> Path:
     return root
 
 
+def a_minute() -> float:
+    """Sixty seconds on processors of one's own: more where others wait for the same ones."""
+    return 60 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 def metrics(out: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -40,3 +48,23 @@ def losses(out: Path) -> list[float]:
 def untimed(rows: list[dict]) -> list[dict]:
     """Metrics without what the clock says."""
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start stage 1 in a process group of its own."""
+    config = str(ROOT / f"train_stages/accelerate/{kind}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "xseg.train"]
+    stage = [str(TINY / "s1_segmentor.yaml"), "--set", SMALL, f"out={out}", f"data_root={data}", *COMMON, *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = (out.parent / f"{out.name}.log").open("a")
+    return subprocess.Popen(
+        [*command, *stage, *flags], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
+    )
+
+
+def finished(process: subprocess.Popen, out: Path) -> str:
+    """Wait for a run that should do well; return what it said."""
+    status = process.wait(timeout=500)
+    said = (out.parent / f"{out.name}.log").read_text()
+    assert status == 0, said
+    return said

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from small_runs import COMMON, ROOT, SAMPLED, SMALL, TINY, losses, metrics, pictures, untimed
+from small_runs import SAMPLED, finished, launch, losses, metrics, pictures, untimed
 
 from xseg.data.shapeworld.write import write
 from xseg.models import checkpoint
@@ -21,26 +19,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = pictures(tmp_path_factory.mktemp("data"))
     write(root / "shapes/val", 3, seed=3, size=48, split="val")
     return root
-
-
-def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start stage 1 in a process group of its own."""
-    config = str(ROOT / f"train_stages/accelerate/{kind}.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "xseg.train"]
-    stage = [str(TINY / "s1_segmentor.yaml"), "--set", SMALL, f"out={out}", f"data_root={data}", *COMMON, *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = (out.parent / f"{out.name}.log").open("a")
-    return subprocess.Popen(
-        [*command, *stage, *flags], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
-    )
-
-
-def finished(process: subprocess.Popen, out: Path) -> str:
-    """Wait for a run that should do well; return what it said."""
-    status = process.wait(timeout=250)
-    said = (out.parent / f"{out.name}.log").read_text()
-    assert status == 0, said
-    return said
 
 
 def test_kill_nine_under_zero2(data: Path, tmp_path: Path) -> None:

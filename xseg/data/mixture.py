@@ -48,13 +48,14 @@ def repeat_factors(lengths: Sequence[int], t: float | None) -> list[float]:
 
 
 class Plan:
-    """Batches of all ranks, where every global batch comes from one data set (X-SAM's source-grouped sampler).
+    """Batches of all ranks: every global batch from one data set (X-SAM's source-grouped sampler), or ``mixed``.
 
     In an epoch data set d gives ``int(factor * length)`` draws: it is gone through again and again, and an epoch takes
     up where the last one stopped, so over epochs every sample is drawn equally often. The draws are shuffled, cut into
     global batches of ``batch_size * world * accumulate`` (the last one filled up with draws of the same data set),
-    and the global batches of all data sets are shuffled. The global batches depend on their size alone, not on how it
-    is split over ranks and accumulation. Raises UserError for an empty data set.
+    and the global batches of all data sets are shuffled. ``mixed``: the draws of all data sets are shuffled together
+    and cut. The global batches depend on their size alone, not on how it is split over ranks and accumulation. Raises
+    UserError for an empty data set.
     """
 
     def __init__(
@@ -65,14 +66,16 @@ class Plan:
         world: int = 1,
         accumulate: int = 1,
         seed: int = 0,
+        mixed: bool = False,
     ) -> None:
         if not lengths or min(lengths) < 1:
             raise UserError(f"mixture: data sets of {list(lengths)} samples: every one needs at least one sample")
         self.lengths = tuple(lengths)
         self.draws = tuple(max(1, int(r * n)) for r, n in zip(factors, lengths, strict=True))
-        self.batch_size, self.world, self.accumulate, self.seed = batch_size, world, accumulate, seed
+        self.batch_size, self.world, self.accumulate, self.seed, self.mixed = batch_size, world, accumulate, seed, mixed
         self.global_batch = batch_size * world * accumulate
-        self.steps_per_epoch = sum(-(-draws // self.global_batch) for draws in self.draws)
+        pools = [sum(self.draws)] if mixed else self.draws
+        self.steps_per_epoch = sum(-(-draws // self.global_batch) for draws in pools)
         self._epoch = -1
         self._order = np.zeros((0, 0, 3), np.int64)
 
@@ -91,10 +94,12 @@ class Plan:
     def _shuffled(self, epoch: int) -> np.ndarray:
         """(steps_per_epoch, global_batch, 3) rows of ``Item``."""
         rng = np.random.default_rng([self.seed, epoch, 0, 2])
-        batches = []
+        pools = []
         for number, (length, draws) in enumerate(zip(self.lengths, self.draws, strict=True)):
             stream = epoch * draws + rng.permutation(draws)
-            stream = np.concatenate([stream, np.resize(stream, -draws % self.global_batch)])
-            rows = np.stack([np.full_like(stream, number), stream % length, stream // length], axis=1)
-            batches.append(rows.reshape(-1, self.global_batch, 3))
-        return rng.permutation(np.concatenate(batches))
+            pools.append(np.stack([np.full_like(stream, number), stream % length, stream // length], axis=1))
+        if self.mixed:
+            pools = [rng.permutation(np.concatenate(pools))]
+        size = self.global_batch
+        full = [np.concatenate([rows, np.resize(rows, (-len(rows) % size, 3))]).reshape(-1, size, 3) for rows in pools]
+        return rng.permutation(np.concatenate(full))

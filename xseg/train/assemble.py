@@ -90,8 +90,8 @@ def names(stage: Stage) -> list[str]:
 def plan(stage: Stage, data: Data, world: int) -> Plan:
     """Return the batches of the whole run."""
     lengths = [len(d) for d in data.datasets]
-    r = stage.recipe
-    return Plan(lengths, data.factors, r.batch_size, world=world, accumulate=r.accumulate, seed=r.seed)
+    r, mixed = stage.recipe, stage.mixture.batches == "mixed"
+    return Plan(lengths, data.factors, r.batch_size, world=world, accumulate=r.accumulate, seed=r.seed, mixed=mixed)
 
 
 def configuration(stage: Stage, data: Data) -> XSegConfig:

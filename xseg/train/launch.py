@@ -2,15 +2,17 @@
 
 import os
 import sys
-from typing import Literal
+import zlib
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
 from xseg.config import StageRecipe
-from xseg.errors import UserError
+from xseg.errors import RunError, UserError
 from xseg.train.stage import check_compiler
 
 Precision = Literal["fp32", "autocast", "bf16"]
@@ -34,12 +36,35 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
         deepspeed_plugin=_plugin(recipe, precision) if uses_deepspeed() else None,
         kwargs_handlers=handlers,
     )
+    _build_whole()
     if acc.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but accelerate sees {acc.num_processes}: each would train alone; use "
             "one of the files in train_stages/accelerate (on CPU: cpu2.yaml) with --config_file"
         )
     return acc
+
+
+def prepare(acc: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Wrap model and optimiser as the launcher's environment says."""
+    own = list(model.parameters(recurse=False))
+    model, optimizer = acc.prepare(model, optimizer)
+    _build_whole()
+    plugin = acc.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        for parameter in own:
+            # ZeRO-3 finds the backward of a module by the tensors it gave back, and knows no dataclass: what the whole
+            # model itself owns (a vector) is kept together from its forward to the update.
+            parameter.is_external_param = True
+    return model, optimizer
+
+
+def _build_whole() -> None:
+    """Under ZeRO-3 accelerate tells transformers to build every model in slices, the language model alone of ours.
+
+    Models are built whole instead, and DeepSpeed cuts all of the prepared one; the copies that are saved stay whole.
+    """
+    unset_hf_deepspeed_config()
 
 
 def _plugin(recipe: StageRecipe, precision: Precision) -> DeepSpeedPlugin:
@@ -71,6 +96,21 @@ def choose_precision(recipe: StageRecipe) -> Precision:
         return "fp32"
     # On CPU the casts of bf16 weights cost more than they save; on an accelerator they halve the memory.
     return "bf16" if uses_deepspeed() and torch.cuda.is_available() else "autocast"
+
+
+def together(acc: Accelerator, step: int, batch: Any, stop: int) -> bool:
+    """Whether all ranks do step ``step`` (0-based); False when one of them was asked to stop. One gather of 24 bytes.
+
+    ``batch``: what the plan gives all ranks for this step. Raises RunError, on all ranks, when a rank is at another
+    step or plans another batch (other annotation files, other recipes): their collectives would not fit together.
+    """
+    mine = [step, zlib.crc32(repr(batch).encode()), stop]
+    rows = acc.gather(torch.tensor([mine], dtype=torch.int64, device=acc.device)).tolist()
+    other = [rank for rank, row in enumerate(rows) if row[:2] != rows[0][:2]]
+    if other:
+        at = ", ".join(f"rank {rank}: step {rows[rank][0] + 1}, batch {rows[rank][1]:08x}" for rank in (0, *other))
+        raise RunError(f"the ranks are not at the same work ({at}): do they see the same recipes and annotation files?")
+    return not any(row[2] for row in rows)
 
 
 def finish(acc: Accelerator) -> None:

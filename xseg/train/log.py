@@ -1,6 +1,8 @@
 """What a run tells: metrics.jsonl, one line per logged step, and a progress bar with the rate and the time left."""
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +24,7 @@ class MetricsFile:
         """Drop the lines after ``step`` (a killed run wrote them after its last checkpoint, the last maybe half)."""
         self.path = out / FILE
         kept = [line for line in _lines(self.path) if _step(line) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf8")
-        temporary.replace(self.path)
+        rewrite(self.path, "".join(f"{line}\n" for line in kept))
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": 0}
         """The last line."""
         self.elapsed = float(self.last.get("elapsed_s", 0.0))
@@ -32,8 +32,13 @@ class MetricsFile:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line at once, so that a killed run keeps it."""
         self.last = {k: _short(v) for k, v in record.items()}
-        with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps(self.last) + "\n")
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf8") as file:
+                file.write(json.dumps(self.last) + "\n")
+        except OSError:
+            os.truncate(self.path, size)  # no half of a line on a full disk
+            raise
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add to the line of the same step, so that a step stays one line with its loss; without one, append."""
@@ -41,10 +46,18 @@ class MetricsFile:
             self.write(record)
             return
         self.last = {**self.last, **record}
-        temporary = self.path.with_suffix(".tmp")
         lines = [*_lines(self.path)[:-1], json.dumps(self.last)]
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-        temporary.replace(self.path)
+        rewrite(self.path, "".join(f"{line}\n" for line in lines))
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Give a file another text: whoever reads it sees the old or the new one, and on a full disk the old one stays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:
@@ -59,7 +72,9 @@ def _step(line: str) -> float:
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON knows no NaN
+    return value
 
 
 class Progress:

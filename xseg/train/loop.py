@@ -1,27 +1,31 @@
 """The training loop: one function from a stage to ``out/final``, with every step of it in plain sight."""
 
-import errno
-import math
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from xseg.data.loader import loader
+from xseg.data.loader import keys, loader
 from xseg.data.mixture import Plan
-from xseg.errors import UserError
+from xseg.errors import RunError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
-from xseg.train import assemble, launch, optim, state
+from xseg.train import assemble, consolidate, launch, optim, state
 from xseg.train.export import export
 from xseg.train.log import Console
 from xseg.train.stage import Stage
+from xseg.train.stop import Stop, Stopped
+from xseg.train.trouble import Skipped, check_gradients, told
 from xseg.train.watch import HeldOut, held_out
+from xseg.train.watchdog import Watchdog, contents
 from xseg.types import Batch
 
 TERMS = ("lm", "class", "mask", "dice", "pixel_class", "aux")
@@ -36,24 +40,33 @@ class Trainer:
     model: Any
     optimizer: Any
     criterion: Criterion
+    rates: Sequence[float]
+    """Learning rate of every parameter group, before the schedule's factor; a checkpoint holds them with it."""
     seed: int
     clip: float
     precision: launch.Precision
     num_queries: int
     """Object queries N of the decoder; 0 without one."""
+    watchdog: Watchdog
+    skipped: Skipped
+    """Steps whose loss or gradient was no finite number."""
 
     def step(self, step: int, micros: Sequence[Batch]) -> dict[str, float]:
         """Do optimiser step ``step`` (0-based) on this rank's micro-batches; return figures of the global batch.
 
-        Everything random depends on (seed, step, rank, micro-batch) alone, so a resumed run draws the same.
+        Everything random depends on (seed, step, rank, micro-batch) alone, so a resumed run draws the same. Where the
+        loss or the gradient is no finite number no weight changes; ``skipped`` says whether the run goes on.
         """
         acc, rank = self.acc, self.acc.process_index
+        self.watchdog.at("counts with the other ranks")
+        held = [contents(batch) for batch in micros]
         micros = [batch.to(acc.device) for batch in micros]
-        totals = self._totals(micros)
+        totals, finite = self._totals(micros), []
         sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=acc.device)
         norm = 0.0
         torch.manual_seed(int(generator("cpu", self.seed, step, rank).initial_seed()))
         for number, batch in enumerate(micros):
+            self.watchdog.begin(number, held[number])
             draw = generator(acc.device, self.seed, step, rank, number)
             with acc.accumulate(self.model):
                 with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
@@ -61,15 +74,17 @@ class Trainer:
                 losses = self.criterion(output, batch, totals=totals[:-1], draw=draw)
                 # The frameworks average over ranks and micro-batches; the criterion's shares are to be added.
                 acc.backward(losses.total * (acc.num_processes * len(micros)))
+                check_gradients(self.watchdog, step, batch)
                 if acc.sync_gradients:
                     norm = self._update()
             sums += _sums(losses.terms, losses.total.detach())
-        figures = acc.reduce(sums, "sum").tolist()
-        terms = {name: value for name, value in zip(TERMS, figures[1:], strict=True) if value}
-        if not math.isfinite(figures[0]):
-            keys = ", ".join(key for batch in micros for key in batch.keys)
-            raise FloatingPointError(f"step {step + 1}: loss is {figures[0]}; samples of this rank: {keys}")
-        return {"loss": figures[0], **terms, "grad_norm": norm, "images": totals[-1].item()}
+            finite.append(losses.total.isfinite())
+        self.watchdog.at("adds up the losses with the other ranks")
+        loss, *values = acc.reduce(sums, "sum").tolist()
+        figures = {"loss": loss, **{name: value for name, value in zip(TERMS, values, strict=True) if value}}
+        figures |= {"grad_norm": norm, "images": totals[-1].item()}
+        self.skipped.check(step, figures, micros, [bool(ok) for ok in finite])
+        return figures | ({"skipped": self.skipped.count} if self.skipped.count else {})
 
     def _totals(self, micros: Sequence[Batch]) -> torch.Tensor:
         """Counts of the global batch: those of the criterion, then images. One all-reduce a step."""
@@ -79,11 +94,15 @@ class Trainer:
         return self.acc.reduce(torch.cat([counts, seen]), "sum")
 
     def _update(self) -> float:
-        """Clip, step and clear; DeepSpeed did all of it in ``backward``. Returns the gradient norm before clipping."""
+        """Clip, step and clear; DeepSpeed did all of it in ``backward``. Returns the gradient norm before clipping.
+
+        A norm that is not finite leaves the weights as they are, here as in DeepSpeed.
+        """
         if self.acc.distributed_type == DistributedType.DEEPSPEED:
             return float(self.model.get_global_grad_norm() or 0.0)
         norm = self.acc.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
 
@@ -96,10 +115,13 @@ def _sums(terms: Mapping[str, torch.Tensor], total: torch.Tensor) -> torch.Tenso
     return torch.stack([total, *(values[name] for name in TERMS)]).double()
 
 
-def train(stage: Stage, resume: bool) -> None:
+def train(stage: Stage, resume: str = "none") -> None:
     """Train a stage from its recipe to ``out/final``.
 
-    Raises UserError for everything the user can mend; files and recipes are checked before the model is built.
+    ``resume``: "none"; "auto" = go on from the newest whole checkpoint; or a folder that ``consolidate`` wrote, from
+    which the run starts while it has no checkpoint of its own. Raises UserError for everything the user can mend; files
+    and recipes are checked before the model is built. Raises RunError when a process, a sample or the arithmetic ends
+    the run, and Stopped after SIGTERM or SIGINT.
     """
     recipe = stage.recipe
     data = assemble.load_data(stage)
@@ -111,71 +133,96 @@ def train(stage: Stage, resume: bool) -> None:
     acc = launch.accelerator(recipe, precision)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
+    begin = 0
+    if resume not in ("auto", "none"):
+        begin = consolidate.begin(stage, Path(resume), acc.num_processes)
+        stage = replace(stage, recipe=recipe.model_copy(update={"init_from": [resume]}))
     model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
-    model, optimizer = acc.prepare(model.train(), optimizer)
-    num_queries = assemble.num_queries(config)
-    trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries)
-    with own_trouble(acc.process_index):
-        run(trainer, stage, plan, data, resume, watched)
-        export(acc, model, stage, data.processor, reports)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, partial(acc.print, flush=True))
+    with Watchdog(stage.out, acc.process_index, acc.num_processes, recipe.stall) as watchdog, told(watchdog):
+        watchdog.listen(model)
+        model, optimizer = launch.prepare(acc, model.train(), optimizer)
+        numbers = recipe.seed, recipe.clip, precision, queries
+        trainer = Trainer(acc, model, optimizer, criterion, rates, *numbers, watchdog, skipped)
+        start = go_on(trainer, stage, begin) if resume != "none" else 0
+        run(trainer, stage, plan, data, start, watched)
+        with watchdog.slow("exports the model"):
+            export(acc, model, stage, data.processor, reports)
     launch.finish(acc)
 
 
-def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume: bool, watched: HeldOut | None) -> None:
-    """Do the steps that are left, with what happens between them: rate, log, save, and a look at held-out images."""
-    recipe, acc, out = stage.recipe, trainer.acc, stage.out
+def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: int, watched: HeldOut | None) -> None:
+    """Do the steps after ``start``, with what happens between them: rate, log, save, and a look at held-out images.
+
+    Raises Stopped, the state saved, when any rank got SIGTERM or SIGINT.
+    """
+    recipe, acc, names, watchdog = stage.recipe, trainer.acc, assemble.names(stage), trainer.watchdog
     steps = recipe.steps or max(1, round(recipe.epochs * plan.steps_per_epoch))
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    start, resolved = 0, stage.resolved()
-    found = state.newest(acc, out) if resume else None
-    if found is not None:
-        start = state.restore(acc, found, resolved)
-        acc.print(f"resumed from {found}", flush=True)
+    saved = start
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
-    console = Console(out, assemble.names(stage), start, steps, acc.is_main_process)
+    console = Console(stage.out, names, start, steps, acc.is_main_process)
     if watched and start and watched.due(start, steps):
         look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
-    for step in range(start, steps):
-        clock = time.monotonic()
-        micros = next(batches)
-        waited = time.monotonic() - clock
-        factor = optim.factor(step, steps, recipe.schedule)
-        optim.set_rates(trainer.optimizer, rates, factor)
-        figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
-        last, source = step + 1 == steps, plan.batch(step)[0][0][0].dataset
-        due = watched is not None and watched.due(step + 1, steps)
-        seconds = time.monotonic() - clock
-        console.log(step + 1, figures, source, seconds, write=last or due or (step + 1) % recipe.log_every == 0)
-        if last or (step + 1) % recipe.save_every == 0:
-            state.save(acc, out, step + 1, resolved, recipe.keep_checkpoints)
-        if watched and due:
-            look(trainer, watched, console, step + 1)
+    with Stop(acc.is_main_process) as stop, closing(batches):
+        for step in range(start, steps):
+            clock, planned = time.monotonic(), plan.batch(step)
+            own, source = [item for micro in planned[acc.process_index] for item in micro], planned[0][0][0].dataset
+            watchdog.step(step + 1, names[own[0].dataset], partial(keys, data.datasets, own))
+            try:
+                micros = next(batches)
+            except RunError:
+                if not stop.asked:  # else the signal went to all processes, and the data workers ended of it
+                    raise
+            waited = time.monotonic() - clock
+            if not launch.together(acc, step, planned, stop.asked):
+                if step > saved:
+                    save(trainer, stage, step)
+                raise Stopped(stop.asked or signal.SIGTERM)
+            factor = optim.factor(step, steps, recipe.schedule)
+            optim.set_rates(trainer.optimizer, trainer.rates, factor)
+            figures = {"lr": factor * max(trainer.rates), "data_s": waited} | trainer.step(step, micros)
+            last, seconds = step + 1 == steps, time.monotonic() - clock
+            due = watched is not None and watched.due(step + 1, steps)
+            watchdog.done(seconds)
+            console.log(step + 1, figures, source, seconds, write=last or due or (step + 1) % recipe.log_every == 0)
+            if last or (step + 1) % recipe.save_every == 0:
+                saved = save(trainer, stage, step + 1)
+            if watched and due:
+                look(trainer, watched, console, step + 1)
     console.progress.close()
+
+
+def go_on(trainer: Trainer, stage: Stage, begin: int) -> int:
+    """Take up the newest whole checkpoint; return its step, ``begin`` without one."""
+    found = state.newest(trainer.acc, stage.out)
+    if found is None:
+        if begin:
+            given = stage.recipe.init_from[0]
+            trainer.acc.print(f"goes on after step {begin} with the weights of {given}, a new optimiser", flush=True)
+        return begin
+    written = state.restore(trainer.acc, found, stage.resolved())
+    trainer.skipped.count = written["skipped"]
+    trainer.acc.print(f"resumed from {found}", flush=True)
+    return int(written["step"])
+
+
+def save(trainer: Trainer, stage: Stage, step: int) -> int:
+    """Write the checkpoint of the weights after ``step``; return ``step``."""
+    with trainer.watchdog.slow("saves"):
+        keep = stage.recipe.keep_checkpoints
+        state.save(trainer.acc, stage.out, step, stage.resolved(), keep, trainer.skipped.count)
+    return step
 
 
 def look(trainer: Trainer, watched: HeldOut, console: Console, step: int) -> None:
     """Record the held-out figures of the weights after ``step``, unless they stand there; rank 0 works, all wait."""
-    if trainer.acc.is_main_process and not console.looked(step):
-        with console.paused():
-            figures = watched.figures(trainer.acc.unwrap_model(trainer.model))
-        console.held_out(step, figures)
-    trainer.acc.wait_for_everyone()
-
-
-@contextmanager
-def own_trouble(rank: int) -> Iterator[None]:
-    """Mark errors that one rank may meet alone, so that this rank tells them."""
-    try:
-        yield
-    except UserError as error:
-        error.add_note(f"on rank {rank}")
-        raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        full = UserError(f"{error.filename or 'the run folder'}: disk full; free some space, then --resume auto")
-        full.add_note(f"on rank {rank}")
-        raise full from error
+    with trainer.watchdog.slow("looks at held-out images"):
+        if trainer.acc.is_main_process and not console.looked(step):
+            with console.paused():
+                figures = watched.figures(trainer.acc.unwrap_model(trainer.model))
+            console.held_out(step, figures)
+        trainer.acc.wait_for_everyone()

@@ -1,7 +1,8 @@
-"""Checkpoints: written under a temporary name and renamed, so that what has its real name is complete.
+"""Checkpoints: written under a temporary name, sealed by a manifest and renamed, so that what has its real name was
+complete; what was damaged since is found by its checksums and passed over.
 
-A run is a function of (recipe, step): a checkpoint holds weights, optimiser state, the step and the recipe, and needs
-no state of loaders or random generators, because both are made anew from (seed, step).
+A run is a function of (recipe, step): a checkpoint holds weights, optimiser state, the step and the recipe. The place
+in the data is the step; loaders, and every random generator that a step uses, are made anew from (seed, step, rank).
 """
 
 import json
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError
+from xseg.train import manifest
 
 STATE = "state.json"
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "write failed", "inline_container")
@@ -32,6 +34,8 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "num_workers",
+    "skip_nonfinite",
+    "stall",
     "watch",
 }
 """Keys of a stage that may change when a run is resumed. ``steps`` and ``epochs`` move the end, and the schedule with
@@ -39,11 +43,11 @@ it: a lengthened run takes up the rate that the longer schedule has at that step
 
 
 def checkpoints(out: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of a run by step, oldest first."""
+    """Return the folders of a run's checkpoints by step, oldest first; damage is not looked for."""
     found = {}
     for path in (out / "checkpoints").glob("step_*"):
         number = path.name.removeprefix("step_")
-        if number.isdigit() and (path / STATE).is_file():
+        if number.isdigit():
             found[int(number)] = path
     return dict(sorted(found.items()))
 
@@ -55,24 +59,27 @@ def layout(acc: Accelerator) -> dict[str, Any]:
     return {"processes": acc.num_processes, "zero": None if plugin is None else plugin.zero_stage, "weights": precision}
 
 
-def save(acc: Accelerator, out: Path, step: int, recipe: Mapping[str, Any], keep: int) -> None:
+def save(acc: Accelerator, out: Path, step: int, recipe: Mapping[str, Any], keep: int, skipped: int = 0) -> None:
     """Write ``out/checkpoints/step_N`` of all ranks, then drop all but the newest ``keep``.
 
-    Raises UserError when the disk is full; checkpoints that were complete before stay loadable.
+    ``skipped``: steps so far that changed no weight (``skip_nonfinite``). Raises UserError when the disk is full;
+    checkpoints that were complete before stay loadable.
     """
     final = out / "checkpoints" / f"step_{step}"
     with writing(final, acc) as folder:
         acc.save_state(str(folder))
+        acc.wait_for_everyone()
         if acc.is_main_process:
-            fields = {"step": step, "layout": layout(acc), "recipe": dict(recipe)}
+            fields = {"step": step, "skipped": skipped, "layout": layout(acc), "recipe": dict(recipe)}
             (folder / STATE).write_text(json.dumps(fields, indent=1), encoding="utf8")
+            manifest.write(folder)
     if acc.is_main_process:
         for old in list(checkpoints(out).values())[: -max(keep, 1)]:
-            shutil.rmtree(old)
+            _drop(old)
 
 
-def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> int:
-    """Load a checkpoint into the prepared model and optimiser; return its step.
+def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint into the prepared model and optimiser; return what it says of itself (``step``, ``skipped``).
 
     Raises UserError when it was written by another recipe or on another number of processes.
     """
@@ -83,18 +90,16 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> int:
         names = [f"{k} = {written.get(k)}, now {v}" for k, v in now.items() if written.get(k) != v]
         raise UserError(
             f"{path}: written with {'; '.join(names)}: optimiser states cannot be split anew; resume with the "
-            "accelerate config and the number of processes of the first launch"
+            "accelerate config and the number of processes of the first launch, or go on from the weights alone: "
+            "`xseg consolidate STAGE --set ... --out DIR`, then this launch with another out and --resume DIR"
         )
     acc.load_state(str(path))
-    return int(state["step"])
+    return state
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the step, layout and recipe of a checkpoint."""
-    try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / STATE}: damaged ({error}); delete {path} to resume from the one before") from error
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf8"))
     return state
 
 
@@ -115,10 +120,40 @@ def check_same(written: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
 
 
 def newest(acc: Accelerator, out: Path) -> Path | None:
-    """Return the newest complete checkpoint as rank 0 sees it, so that all ranks load the same one."""
-    seen = [str(list(checkpoints(out).values())[-1]) if checkpoints(out) else None]
+    """Return the newest whole checkpoint as rank 0 sees it, so that all ranks load the same one; None without any.
+
+    Damaged ones that are newer are told, and renamed to ``step_N.damaged`` so that they count no more. Raises
+    UserError when there are checkpoints and none of them is whole: starting anew in silence would overwrite the run.
+    """
+    seen: list[tuple[Path | None, list[str]]] = [(None, [])]
+    if acc.is_main_process:
+        seen = [_newest(out)]
     broadcast_object_list(seen)
-    return Path(seen[0]) if seen[0] else None
+    found, faults = seen[0]
+    if faults and found is None:
+        lines = "\n".join(f"  {line}" for line in faults)
+        raise UserError(
+            f"{out / 'checkpoints'}: no checkpoint is whole, so there is nothing to resume from:\n{lines}\n"
+            "fetch a copy of one, or start anew with another out"
+        )
+    for line in faults:
+        acc.print(f"passed over {line}", flush=True)
+    return found
+
+
+def _newest(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that is damaged."""
+    faults: dict[Path, str] = {}
+    for path in reversed(checkpoints(out).values()):
+        fault = manifest.fault(path)
+        if not fault:
+            for damaged in faults:
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+            return path, [f"{damaged}: {text}; it is now {damaged.name}.damaged" for damaged, text in faults.items()]
+        faults[path] = fault
+    return None, [f"{damaged}: {text}" for damaged, text in faults.items()]
 
 
 @contextmanager
@@ -127,7 +162,10 @@ def writing(final: Path, acc: Accelerator) -> Iterator[Path]:
     temporary = final.parent / f".{final.name}.tmp"
     with full_disk(final):
         if acc.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # What a killed run left half-written or half-removed, under whatever name.
+            for kind in ("tmp", "old"):
+                for left in final.parent.glob(f".{final.name.split('_')[0]}*.{kind}"):
+                    shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         acc.wait_for_everyone()
         yield temporary
@@ -135,15 +173,23 @@ def writing(final: Path, acc: Accelerator) -> Iterator[Path]:
         if acc.is_main_process:
             for file in temporary.rglob("*"):
                 _flush(file)
-            older = final.parent / f".{final.name}.old"
-            if final.exists():
-                # Moved aside, not removed: a kill between the two lines must not cost both.
-                shutil.rmtree(older, ignore_errors=True)
-                final.rename(older)
+            older = _aside(final) if final.exists() else None
             temporary.rename(final)
-            shutil.rmtree(older, ignore_errors=True)
             _flush(final.parent)
+            if older is not None:
+                shutil.rmtree(older, ignore_errors=True)
         acc.wait_for_everyone()
+
+
+def _aside(path: Path) -> Path:
+    """Give a folder a hidden name: killed before it is gone, it must not look like a whole one."""
+    older = path.parent / f".{path.name}.old"
+    shutil.rmtree(older, ignore_errors=True)
+    return path.rename(older)
+
+
+def _drop(path: Path) -> None:
+    shutil.rmtree(_aside(path))
 
 
 def _flush(path: Path) -> None:
@@ -164,7 +210,7 @@ def full_disk(final: Path) -> Iterator[None]:
         written = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
         if not (written or any(word in str(error) for word in TORCH_WRITE_FAULTS)):
             raise
-        older = sorted(p.name for p in final.parent.glob("step_*") if (p / STATE).is_file())
+        older = sorted(p.name for p in final.parent.glob("step_*") if (p / manifest.FILE).is_file())
         kept = f"complete before it and still loadable: {', '.join(older)}" if older else "no earlier one is complete"
         raise UserError(
             f"{final}: cannot be written: {error}; {kept}. Free some space (`df -h {final.parent}`) or lower "

@@ -188,6 +188,20 @@ def doctor_command(
         raise typer.Exit(2)
 
 
+@app.command("consolidate")
+def consolidate_command(
+    stage: Annotated[str, typer.Argument(help="The run's stage recipe.")],
+    out: Out,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe (repeatable).")] = None,
+) -> None:
+    """Write a run's newest whole checkpoint as one model: to look at, or to go on with more or fewer processes."""
+    from xseg.train.consolidate import consolidate
+    from xseg.train.stage import read_stage
+
+    step = consolidate(read_stage(stage, settings or []), out)
+    print(f"{out}: the weights after step {step}; to go on: accelerate launch … --resume {out} --set out=ANOTHER")
+
+
 @data.command("shapes")
 def shapes_command(
     out: Out,
