@@ -132,6 +132,19 @@ class Watch(Recipe):
     """Each row is scored on the samples of its first ``images`` images. Rank 0 scores while the others wait."""
 
 
+class Adapter(Recipe):
+    """LoRA beside the frozen weights of one part (Hu et al., 2021); ``nf4`` stores those in 4 bits (QLoRA, 2023)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    """What is added to a weight is scaled by ``alpha / rank``."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of linear layers, as ``q_proj``; "all-linear" = all that are read, but for the output layer."""
+    quantize: Literal["nf4"] | None = None
+    """``nf4`` needs ``pip install xseg[qlora]``."""
+
+
 class StageRecipe(Recipe):
     """One training stage."""
 
@@ -150,6 +163,8 @@ class StageRecipe(Recipe):
     data_root: str = "data"
     out: str
     trainable: list[LrGroup]
+    adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None
+    """``{llm: {rank: 16, alpha: 32}}``: of these parts only LoRA and the rows of xseg's new words learn."""
     steps: int | None = None
     """Optimiser steps; None = ``epochs`` over the resampled mixture."""
     epochs: float = 1.0

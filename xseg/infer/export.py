@@ -16,7 +16,7 @@ from xseg.geometry import masks as rle
 from xseg.infer import card
 from xseg.infer.evaluate import open_row, predictions
 from xseg.infer.predictor import Predictor, load
-from xseg.models import checkpoint
+from xseg.models import adapters, checkpoint
 from xseg.types import ModelOutput, Prediction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,11 +55,11 @@ def export(asked: Export) -> card.Agreement:
     source = final_folder(asked.source)
     if source.resolve() == asked.out.resolve():
         raise UserError(f"--out {asked.out}: is the source itself, and would be overwritten; give another folder")
-    predictor, processor = load(source, "cpu")
+    predictor, processor = load(source, "cpu", merged=False)
     with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
         write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
         wanted, logits = answers(predictor, Path(data))
-        predictor.model.to(DTYPES[asked.dtype]).save_pretrained(partial)
+        adapters.merge(predictor.model).to(DTYPES[asked.dtype]).save_pretrained(partial)
         processor.save_pretrained(partial)
         if (source / card.STAGE).is_file():
             shutil.copyfile(source / card.STAGE, partial / card.STAGE)

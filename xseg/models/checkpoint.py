@@ -116,8 +116,10 @@ def read_config(folder: Path) -> XSegConfig:
     return XSegConfig.from_pretrained(folder)
 
 
-def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]:
-    """Lay earlier stages over a model, in order, and report each.
+def overlay(
+    model: XSegModel, folders: Sequence[str | Path], read: Callable[[Path], Mapping[str, Tensor]] | None = None
+) -> list[LoadReport]:
+    """Lay earlier stages over a model, in order, and report each; ``read`` gets a folder's tensors in another way.
 
     A tensor with no place or of another shape is an error, and so is a part that is filled by half, but for what this
     stage replaces: a class head of another kind, and parts that are not built here.
@@ -125,7 +127,7 @@ def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]
     reports = []
     for folder in folders:
         read_config(Path(folder))
-        report = assign(model, read_weights(Path(folder)), str(folder))
+        report = assign(model, (read or read_weights)(Path(folder)), str(folder))
         given = {key_maps.part_of(n) for n in report.loaded}
         missing = [n for n in report.fresh if key_maps.part_of(n) in given and not n.startswith(HEADS)]
         kept = [n for n in report.unexpected if not _replaced(model, n)]

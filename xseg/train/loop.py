@@ -17,7 +17,8 @@ from xseg.data.mixture import Plan
 from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
-from xseg.train import assemble, launch, optim, state
+from xseg.models import adapters
+from xseg.train import assemble, launch, optim, slim, state
 from xseg.train.export import export
 from xseg.train.log import Console
 from xseg.train.stage import Stage
@@ -105,14 +106,17 @@ def train(stage: Stage, resume: bool) -> None:
     data = assemble.load_data(stage)
     criterion = assemble.criterion(stage, data)
     config = assemble.configuration(stage, data)
-    skeleton = assemble.skeleton(config)
+    skeleton = assemble.skeleton(config, recipe.adapters)
     optim.select(skeleton, recipe.trainable)
+    adapters.check_learns(skeleton, recipe.adapters or {})
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
     model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
+    if recipe.adapters:
+        slim.register(acc, model)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
     model, optimizer = acc.prepare(model.train(), optimizer)

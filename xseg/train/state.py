@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError
+from xseg.train import slim
 
 STATE = "state.json"
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "write failed", "inline_container")
@@ -62,7 +63,7 @@ def save(acc: Accelerator, out: Path, step: int, recipe: Mapping[str, Any], keep
     """
     final = out / "checkpoints" / f"step_{step}"
     with writing(final, acc) as folder:
-        acc.save_state(str(folder))
+        acc.save_state(str(folder), **slim.saving(acc, recipe))
         if acc.is_main_process:
             fields = {"step": step, "layout": layout(acc), "recipe": dict(recipe)}
             (folder / STATE).write_text(json.dumps(fields, indent=1), encoding="utf8")
@@ -85,7 +86,7 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> int:
             f"{path}: written with {'; '.join(names)}: optimiser states cannot be split anew; resume with the "
             "accelerate config and the number of processes of the first launch"
         )
-    acc.load_state(str(path))
+    acc.load_state(str(path), **slim.loading(acc, recipe))
     return int(state["step"])
 
 
