@@ -48,6 +48,8 @@ class Export:
 def export(asked: Export) -> card.Agreement:
     """Cast the weights, check that the copy answers as its source does, and write ``asked.out`` with a model card.
 
+    Adapters are merged in the copy; in the source they stand beside the weights, so that merging is checked as well.
+
     Both are run on the CPU in float32, so that nothing but the rounding differs. Raises UserError, and leaves ``out``
     as it was, for a source that is no model, an unknown dtype, answers that differ, and a folder above its limit.
     """
