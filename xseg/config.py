@@ -136,13 +136,11 @@ class Adapter(Recipe):
     """LoRA beside the frozen weights of one part (Hu et al., 2021); ``nf4`` stores those in 4 bits (QLoRA, 2023)."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    """What is added to a weight is scaled by ``alpha / rank``."""
+    alpha: float = Field(default=32, gt=0)  # over rank: the scale of what is added to a weight
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of linear layers, as ``q_proj``; "all-linear" = all that are read, but for the output layer."""
-    quantize: Literal["nf4"] | None = None
-    """``nf4`` needs ``pip install xseg[qlora]``."""
+    quantize: Literal["nf4"] | None = None  # needs the extra ``qlora``
 
 
 class StageRecipe(Recipe):
@@ -165,6 +163,7 @@ class StageRecipe(Recipe):
     trainable: list[LrGroup]
     adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None
     """``{llm: {rank: 16, alpha: 32}}``: of these parts only LoRA and the rows of xseg's new words learn."""
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = []  # beside metrics.jsonl; each an extra
     steps: int | None = None
     """Optimiser steps; None = ``epochs`` over the resampled mixture."""
     epochs: float = 1.0

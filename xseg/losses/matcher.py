@@ -43,7 +43,8 @@ def pair_costs(logits: Tensor, pixels: Pixels, weights: LossWeights) -> Tensor:
 
 
 Solve = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], Targets], np.ndarray]
-"""``solve(costs, ranges, targets)``: costs (L, items, N, m) of ranges of queries -> pairs (L, 2, R): object query, row."""
+"""``solve(costs, ranges, targets)``: costs (L, items, N, m) of ranges of queries -> pairs (L, 2, R): object query,
+row."""
 
 
 def hungarian(costs: Sequence[Tensor], ranges: Sequence[tuple[int, int]], targets: Targets) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from xseg.config import Adapter
+from xseg.config import Adapter, DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
 from xseg.data.mixture import Plan, load_mixture
 from xseg.errors import UserError
@@ -87,6 +87,12 @@ def _label_list(stage: Stage, datasets: Sequence[Dataset]) -> Categories:
 def names(stage: Stage) -> list[str]:
     """The mixture's data sets as their recipes are called."""
     return [entry.recipe for entry in stage.mixture.datasets]
+
+
+def tasks(stage: Stage) -> list[str]:
+    """The task of each of the mixture's data sets."""
+    entries = stage.mixture.datasets
+    return [(e.task or load_recipe(DataRecipe, e.recipe, beside=stage.folder).task).name for e in entries]
 
 
 def plan(stage: Stage, data: Data, world: int) -> Plan:

@@ -18,9 +18,10 @@ from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
 from xseg.models import adapters
-from xseg.train import assemble, launch, optim, slim, state
+from xseg.train import assemble, launch, optim, slim, state, tracking
 from xseg.train.export import export
 from xseg.train.log import Console
+from xseg.train.meter import Meter
 from xseg.train.stage import Stage
 from xseg.train.watch import HeldOut, held_out
 from xseg.types import Batch
@@ -42,6 +43,7 @@ class Trainer:
     precision: launch.Precision
     num_queries: int
     """Object queries N of the decoder; 0 without one."""
+    meter: Meter
 
     def step(self, step: int, micros: Sequence[Batch]) -> dict[str, float]:
         """Do optimiser step ``step`` (0-based) on this rank's micro-batches; return figures of the global batch.
@@ -59,7 +61,7 @@ class Trainer:
             with acc.accumulate(self.model):
                 with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
                     output = self.model(batch)
-                losses = self.criterion(output, batch, totals=totals[:-1], draw=draw)
+                losses = self.criterion(output, batch, totals=totals[:-2], draw=draw)
                 # The frameworks average over ranks and micro-batches; the criterion's shares are to be added.
                 acc.backward(losses.total * (acc.num_processes * len(micros)))
                 if acc.sync_gradients:
@@ -70,13 +72,21 @@ class Trainer:
         if not math.isfinite(figures[0]):
             keys = ", ".join(key for batch in micros for key in batch.keys)
             raise FloatingPointError(f"step {step + 1}: loss is {figures[0]}; samples of this rank: {keys}")
-        return {"loss": figures[0], **terms, "grad_norm": norm, "images": totals[-1].item()}
+        return {
+            "loss": figures[0],
+            **terms,
+            "grad_norm": norm,
+            "tokens": totals[-2].item(),
+            "images": totals[-1].item(),
+        }
 
     def _totals(self, micros: Sequence[Batch]) -> torch.Tensor:
-        """Counts of the global batch: those of the criterion, then images. One all-reduce a step."""
+        """Counts of the global batch: those of the criterion, then text tokens and images. One all-reduce a step."""
         counts = sum(self.criterion.totals(batch, self.num_queries) for batch in micros)
         assert isinstance(counts, torch.Tensor)
-        seen = counts.new_tensor([sum(len(b.geometry) for b in micros)])
+        seen = counts.new_tensor(
+            [sum(int(b.attention_mask.sum()) for b in micros), sum(len(b.geometry) for b in micros)]
+        )
         return self.acc.reduce(torch.cat([counts, seen]), "sum")
 
     def _update(self) -> float:
@@ -103,6 +113,7 @@ def train(stage: Stage, resume: bool) -> None:
     Raises UserError for everything the user can mend; files and recipes are checked before the model is built.
     """
     recipe = stage.recipe
+    tracking.check(recipe.track)
     data = assemble.load_data(stage)
     criterion = assemble.criterion(stage, data)
     config = assemble.configuration(stage, data)
@@ -119,9 +130,12 @@ def train(stage: Stage, resume: bool) -> None:
         slim.register(acc, model)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
+    meter = Meter(acc.device)
+    meter.listen(model, optimizer)
     model, optimizer = acc.prepare(model.train(), optimizer)
     num_queries = assemble.num_queries(config)
-    trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries)
+    trainer = Trainer(acc, model, optimizer, criterion, recipe.seed, recipe.clip, precision, num_queries, meter)
+    tracking.start(acc, stage)
     with own_trouble(acc.process_index):
         run(trainer, stage, plan, data, resume, watched)
         export(acc, model, stage, data.processor, reports)
@@ -139,7 +153,8 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
         start = state.restore(acc, found, resolved)
         acc.print(f"resumed from {found}", flush=True)
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
-    console = Console(out, assemble.names(stage), start, steps, acc.is_main_process)
+    sources = list(zip(assemble.names(stage), assemble.tasks(stage), strict=True))
+    console = Console(out, sources, start, steps, acc.is_main_process, acc.log)
     if watched and start and watched.due(start, steps):
         look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
     for step in range(start, steps):
@@ -148,10 +163,12 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, resume:
         waited = time.monotonic() - clock
         factor = optim.factor(step, steps, recipe.schedule)
         optim.set_rates(trainer.optimizer, rates, factor)
-        figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
         last, source = step + 1 == steps, plan.batch(step)[0][0][0].dataset
+        with trainer.meter.counting(source):
+            figures = {"lr": factor * max(rates), "data_s": waited} | trainer.step(step, micros)
         due = watched is not None and watched.due(step + 1, steps)
         seconds = time.monotonic() - clock
+        figures |= trainer.meter.figures(source, seconds, figures["grad_norm"])
         console.log(step + 1, figures, source, seconds, write=last or due or (step + 1) % recipe.log_every == 0)
         if last or (step + 1) % recipe.save_every == 0:
             state.save(acc, out, step + 1, resolved, recipe.keep_checkpoints)

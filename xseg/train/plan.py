@@ -15,6 +15,7 @@ from xseg.data.loader import MicroBatches
 from xseg.data.mixture import Plan, repeat_factors
 from xseg.errors import UserError
 from xseg.geometry.views import ViewSizes
+from xseg.losses.criterion import Criterion
 from xseg.models import adapters
 from xseg.models.build import build_config
 from xseg.models.configuration import XSegConfig
@@ -128,6 +129,8 @@ class Subject:
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.precision = launch.choose_precision(stage.recipe) if on_cpu else "bf16"
         self.mode = trace.fake(self.model, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        is_thing = self.data.categories.is_thing if self.data and self.data.categories else (True,) * LABELS
+        self.criterion = Criterion(stage.recipe.loss, is_thing, trace.in_order)
         self._walked: dict[bool, _Walked] = {}
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -159,9 +162,9 @@ class Subject:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
-        loss, autocast = self.stage.recipe.loss, self.precision == "autocast"
+        autocast = self.precision == "autocast"
         costs = [
-            trace.walk(self.mode, self.model, loss, batch, on_cpu=self.on_cpu, autocast=autocast)
+            trace.walk(self.mode, self.model, self.criterion, batch, on_cpu=self.on_cpu, autocast=autocast)
             for batch in self.batches(size)
         ]
         return trace.Cost(

@@ -33,6 +33,7 @@ FREE = {
     "save_every",
     "keep_checkpoints",
     "num_workers",
+    "track",
     "watch",
 }
 """Keys of a stage that may change when a run is resumed. ``steps`` and ``epochs`` move the end, and the schedule with

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from xseg.config import LossWeights
 from xseg.losses.criterion import Criterion
 from xseg.losses.targets import Targets
 from xseg.models.xseg import XSegModel
@@ -152,14 +151,13 @@ def fake(model: XSegModel, dtype: torch.dtype) -> FakeTensorMode:
 
 
 def walk(
-    mode: FakeTensorMode, model: XSegModel, weights: LossWeights, batch: Batch, *, on_cpu: bool, autocast: bool
+    mode: FakeTensorMode, model: XSegModel, criterion: Criterion, batch: Batch, *, on_cpu: bool, autocast: bool
 ) -> Cost:
-    """Do one micro-batch of a fake model and say what it cost."""
+    """Do one micro-batch of a fake model and say what it cost; ``criterion`` solves ``in_order``."""
     batch = _fake(mode, batch)
     fields = [v for v in vars(batch).values() if isinstance(v, Tensor)]
     ledger = Ledger([*model.parameters(), *model.buffers(), *fields])
     ledger.live = sum(t.untyped_storage().nbytes() for t in fields)
-    criterion = Criterion(weights, solve=in_order)
 
     def draw(kind: str, layer: int, item: int, shape: tuple[int, ...]) -> Tensor:
         with mode:
