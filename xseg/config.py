@@ -138,8 +138,7 @@ class Adapter(Recipe):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)  # over rank: the scale of what is added to a weight
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of linear layers, as ``q_proj``; "all-linear" = all that are read, but for the output layer."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"  # or names, as q_proj; never the output layer
     quantize: Literal["nf4"] | None = None  # needs the extra ``qlora``
 
 
@@ -161,8 +160,7 @@ class StageRecipe(Recipe):
     data_root: str = "data"
     out: str
     trainable: list[LrGroup]
-    adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None
-    """``{llm: {rank: 16, alpha: 32}}``: of these parts only LoRA and the rows of xseg's new words learn."""
+    adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None  # there LoRA and rows of new words learn
     track: list[Literal["tensorboard", "wandb", "trackio"]] = []  # beside metrics.jsonl; each an extra
     steps: int | None = None
     """Optimiser steps; None = ``epochs`` over the resampled mixture."""

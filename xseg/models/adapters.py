@@ -114,6 +114,26 @@ def check_learns(model: XSegModel, given: Mapping[str, Adapter]) -> None:
             )
 
 
+def check(model: XSegModel, given: Mapping[str, Adapter]) -> None:
+    """Raise UserError for adapters that would learn nothing, and where the library for 4 bits is missing."""
+    check_learns(model, given)
+    if any(adapter.quantize for adapter in given.values()):
+        quantize.library()
+
+
+def check_loaded(model: XSegModel, given: Mapping[str, Adapter], reports: Sequence[LoadReport]) -> None:
+    """Raise UserError for weights that are to be rounded to 4 bits and came from no file: they could not be rebuilt."""
+    loaded = {name for report in reports for name in report.loaded}
+    for part, adapter in given.items():
+        prefix = "segmentor.sam." if part == "sam" else f"{part}."
+        names = [f"{prefix}{name}.weight" for name in targets(_part(model, part), part, adapter)]
+        if adapter.quantize and not set(names) <= loaded:
+            raise UserError(
+                f"adapters: {part}: quantize: its weights are random: name {part}.pretrained in the model recipe, or an "
+                "earlier stage in init_from"
+            )
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter is peft's own."""
     return any(word in name for word in ADAPTERS)

@@ -132,7 +132,9 @@ def build(stage: Stage, config: XSegConfig) -> tuple[XSegModel, list[LoadReport]
     model = build_model(config)
     reports = load_parts(model, stage.model)
     reports += adapters.overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
-    adapters.attach(model, stage.recipe.adapters or {})
+    given = stage.recipe.adapters or {}
+    adapters.check_loaded(model, given, reports)
+    adapters.attach(model, given)
     if stage.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, reports

@@ -119,7 +119,7 @@ def train(stage: Stage, resume: bool) -> None:
     config = assemble.configuration(stage, data)
     skeleton = assemble.skeleton(config, recipe.adapters)
     optim.select(skeleton, recipe.trainable)
-    adapters.check_learns(skeleton, recipe.adapters or {})
+    adapters.check(skeleton, recipe.adapters or {})
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
