@@ -12,9 +12,10 @@ from accelerate.state import AcceleratorState
 from small_runs import COMMON, SAMPLED, SMALL, TINY, metrics, pictures, untimed
 
 from xseg import load
+from xseg.config import Adapter
 from xseg.errors import UserError
 from xseg.models import adapters, checkpoint
-from xseg.train import loop
+from xseg.train import loop, slim
 from xseg.train.__main__ import main
 from xseg.ui.cli import main as command_line
 
@@ -185,3 +186,13 @@ def test_an_adapter_is_under_five_percent_of_the_model(train: Run, tmp_path: Pat
     assert 0 < own < 0.05 * all_of_it
     stored = (small / "checkpoints/step_1/model.safetensors").stat().st_size
     assert 0 < stored < 0.05 * all_of_it
+
+
+def test_what_zero3_cannot_split_is_refused() -> None:
+    lora, coarse = Adapter(rank=2), Adapter(rank=2, quantize="nf4")
+    slim.check(3, {"sam": lora, "siglip": lora})
+    slim.check(2, {"llm": coarse})
+    slim.check(3, None)
+    for given in ({"llm": lora}, {"sam": coarse}):
+        with pytest.raises(UserError, match=r"under ZeRO-3 .*zero2.yaml"):
+            slim.check(3, given)

@@ -1,11 +1,13 @@
 """A step walked without values costs what the same step costs with them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from small_runs import COMMON, ROOT, SMALL, TINY, metrics, pictures
 
 from xseg.errors import UserError
@@ -15,6 +17,7 @@ from xseg.models.build import build_model
 from xseg.train import plan, trace
 from xseg.train.meter import Flops
 from xseg.train.stage import Stage, read_stage
+from xseg.ui import planning
 from xseg.ui.planning import parse_memory
 
 GPUS = plan.Asked(4, 80e9, 100e12)
@@ -68,12 +71,21 @@ def test_the_settings_that_fit_are_tried_from_the_cheapest(data: Path) -> None:
     assert plan.choose(subject, given, plan.Asked(4, 1.0, 1e12)) == (None, None)
 
 
-def test_hours_follow_from_samples_and_flops(data: Path) -> None:
+def test_hours_follow_from_samples_and_flops(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = stage("s1", data, "steps=10", "batch_size=2", "accumulate=3")
     found = plan.predict(asked, plan.Asked(2, 80e9, 1e9))
     assert found.samples == 10 * 2 * 3 * 2
     assert found.hours == pytest.approx(found.flops * found.samples / 2e9 / 3600)
     assert found.trained <= found.parameters and "first batches" in found.basis
+    monkeypatch.setattr(planning, "predict", lambda stage, asked: found)
+    console, name = Console(record=True, width=200), str(next(TINY.glob("s1_*.yaml")))
+    planning.show_plan(name, ["init_from=[nowhere]"], plan.Asked(2, 80e9, 1e9), console)
+    said = console.export_text()
+    assert f"{found.samples} samples: {found.hours:.1f} hours" in said and "2 x 80 GB" in said
+    lost = dataclasses.replace(found, chosen=None, chosen_need=None)
+    monkeypatch.setattr(planning, "predict", lambda stage, asked: lost)
+    with pytest.raises(UserError, match="nothing fits into 80 GB"):
+        planning.show_plan(name, [], plan.Asked(2, 80e9, 1e9), console)
 
 
 def test_without_data_a_typical_batch_is_walked(tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def check_loaded(model: XSegModel, given: Mapping[str, Adapter], reports: Sequen
         names = [f"{prefix}{name}.weight" for name in targets(_part(model, part), part, adapter)]
         if adapter.quantize and not set(names) <= loaded:
             raise UserError(
-                f"adapters: {part}: quantize: its weights are random: name {part}.pretrained in the model recipe, or an "
-                "earlier stage in init_from"
+                f"adapters: {part}: quantize: its weights are random: name {part}.pretrained in the model recipe, or "
+                "an earlier stage in init_from"
             )
 
 

@@ -122,6 +122,7 @@ def train(stage: Stage, resume: bool) -> None:
     adapters.check(skeleton, recipe.adapters or {})
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
+    slim.check(state.layout(acc)["zero"], recipe.adapters)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
     model, reports = assemble.build(stage, config)

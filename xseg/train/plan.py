@@ -20,7 +20,7 @@ from xseg.models import adapters
 from xseg.models.build import build_config
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
-from xseg.train import assemble, launch, optim, trace
+from xseg.train import assemble, launch, optim, slim, trace
 from xseg.train.stage import Stage
 from xseg.train.typical import typical_batch
 from xseg.types import Batch
@@ -249,7 +249,7 @@ def choose(subject: Subject, given: Setting, asked: Asked) -> tuple[Setting | No
     samples = given.batch_size * given.accumulate
     sizes = [size for size in range(samples, 0, -1) if samples % size == 0]
     for checkpointing in (False, True):
-        for zero in (1, 2, 3):
+        for zero in (1, 2, 3) if slim.splits(subject.stage.recipe.adapters) else (1, 2):
             for size in sizes:
                 setting = Setting(zero, size, samples // size, checkpointing)
                 need = on_gpus(subject, setting, asked)

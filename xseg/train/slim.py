@@ -10,11 +10,27 @@ from accelerate.utils import DistributedType
 from accelerate.utils.constants import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 
+from xseg.config import Adapter
 from xseg.errors import UserError
 from xseg.models import adapters
 from xseg.models.xseg import XSegModel
 
 FILE = "base.json"
+
+
+def splits(given: Mapping[str, Adapter] | None) -> bool:
+    """Whether ZeRO-3 may split an adapted model: peft reads an embedding with learnt rows past ZeRO-3's gathering, and
+    4-bit weights lose what they were rounded by."""
+    return not any(part == "llm" or adapter.quantize for part, adapter in (given or {}).items())
+
+
+def check(zero_stage: int | None, given: Mapping[str, Adapter] | None) -> None:
+    """Raise UserError for adapters that ZeRO-3 cannot split."""
+    if zero_stage == 3 and not splits(given):
+        raise UserError(
+            "adapters: under ZeRO-3 neither an adapter of the language model nor 4-bit weights work: launch with "
+            "train_stages/accelerate/zero2.yaml; what adapters train is small enough for it"
+        )
 
 
 def register(acc: Accelerator, model: XSegModel) -> None:

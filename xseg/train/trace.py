@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from xseg.losses.criterion import Criterion
 from xseg.losses.targets import Targets
 from xseg.models.xseg import XSegModel
+from xseg.train.meter import Flops
 from xseg.types import Batch
 
 
@@ -39,21 +38,18 @@ class Cost:
     """2 for a multiply and add; what is computed twice counts twice."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(Flops):
     """Counts the bytes of all storages that are made while it is active, and the FLOPs."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         """``known``: tensors that were there before; what lies in their memory is not counted."""
         super().__init__()
         self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
-        self.live = self.kept = self.activations = self.together = self.flops = 0
+        self.live = self.kept = self.activations = self.together = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, then enter what it gave."""
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.enter(tensor)
@@ -115,7 +111,7 @@ def fused_attention(ledger: Ledger, on_cpu: bool) -> Iterator[None]:
         pairs = query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         # Backward makes dV, dP, dQ and dK, beside the two products of forward.
-        ledger.flops += 2 * pairs * (3 if learns else 1)
+        ledger.total += 2 * pairs * (3 if learns else 1)
         return _Attention.apply(query, key, value, attn_mask)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
@@ -168,7 +164,7 @@ def walk(
             output = model(batch)
         losses = criterion(output, batch, draw=draw)
         losses.total.backward()
-    return Cost(ledger.activations, ledger.together, ledger.flops)
+    return Cost(ledger.activations, ledger.together, ledger.total)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ def show_plan(name: str, overrides: Sequence[str], asked: Asked, console: Consol
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    stage = read_stage(name, overrides)
+    # Earlier stages give weights and no sizes: they need not be there.
+    stage = read_stage(name, [*overrides, "init_from=[]"])
     with console.status(f"walking {stage.recipe.stage} without values"):
         found = predict(stage, asked)
     console.print(
