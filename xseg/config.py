@@ -136,7 +136,7 @@ class Adapter(Recipe):
     """LoRA beside the frozen weights of one part (Hu et al., 2021); ``nf4`` stores those in 4 bits (QLoRA, 2023)."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)  # over rank: the scale of what is added to a weight
+    alpha: int = Field(default=32, ge=1)  # over rank: the scale of what is added to a weight
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | list[str] = "all-linear"  # or names, as q_proj; never the output layer
     quantize: Literal["nf4"] | None = None  # needs the extra ``qlora``

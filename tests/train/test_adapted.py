@@ -1,5 +1,6 @@
 """Runs with adapters: what they leave is small, opens, goes on after a kill, and can be built upon."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -14,7 +15,7 @@ from small_runs import COMMON, SAMPLED, SMALL, TINY, metrics, pictures, untimed
 from xseg import load
 from xseg.config import Adapter
 from xseg.errors import UserError
-from xseg.models import adapters, checkpoint
+from xseg.models import adapters, checkpoint, quantize
 from xseg.train import loop, slim
 from xseg.train.__main__ import main
 from xseg.ui.cli import main as command_line
@@ -196,3 +197,22 @@ def test_what_zero3_cannot_split_is_refused() -> None:
     for given in ({"llm": lora}, {"sam": coarse}):
         with pytest.raises(UserError, match=r"under ZeRO-3 .*zero2.yaml"):
             slim.check(3, given)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs the extra qlora (bitsandbytes)")
+def test_a_four_bit_run_saves_goes_on_and_opens(
+    train: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lora, out = "adapters={llm: {rank: 2, alpha: 4, quantize: nf4}}", tmp_path / "run"
+    assert train("s3", out, "init_from=[]", lora, "steps=1") == 2
+    assert "its weights are random" in capsys.readouterr().err
+    given = (f"init_from=[{base}]", lora, "schedule.kind=constant")
+    assert train("s3", out, *given, "steps=2") == 0
+    assert train("s3", out, *given, "steps=3", resume=True) == 0
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3]
+    beside, merged = adapters.load(out / "final", merged=False), adapters.load(out / "final")
+    assert any(quantize.is_coarse(module) for module in beside.modules())
+    assert set(merged.state_dict()) == set(checkpoint.load(base).state_dict())
+    name = "llm.model.layers.0.mlp.down_proj.weight"
+    change = (merged.state_dict()[name] - checkpoint.read_weights(base)[name]).abs().max().item()
+    assert 1e-4 < change < 0.1, "what training saw was rounded, and stays so"

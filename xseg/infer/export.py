@@ -61,7 +61,8 @@ def export(asked: Export) -> card.Agreement:
     with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
         write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
         wanted, logits = answers(predictor, Path(data))
-        adapters.merge(predictor.model).to(DTYPES[asked.dtype]).save_pretrained(partial)
+        adapters.merge(predictor.model)
+        predictor.model.to(DTYPES[asked.dtype]).save_pretrained(partial)
         processor.save_pretrained(partial)
         if (source / card.STAGE).is_file():
             shutil.copyfile(source / card.STAGE, partial / card.STAGE)

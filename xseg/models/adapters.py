@@ -26,6 +26,8 @@ from xseg.models.checkpoint import SHOWN, LoadReport
 from xseg.models.xseg import XSegModel
 
 FILE, WEIGHTS = "adapter.json", "adapter.safetensors"
+Adapters = Mapping[Any, Adapter]
+"""{part: adapter}; parts are "llm", "siglip" and "sam"."""
 ADAPTERS = ("lora_", "trainable_tokens_delta")
 """What peft's own tensors are called."""
 SAMPLED = 64
@@ -42,7 +44,7 @@ class Base:
     seed: int
 
 
-def attach(model: XSegModel, given: Mapping[str, Adapter]) -> None:
+def attach(model: XSegModel, given: Adapters) -> None:
     """Put LoRA beside linear layers of parts; what else these parts hold is frozen, but for the rows of new words.
 
     LoRA starts as zero, so the model answers as before (but for 4-bit rounding). Works on ``meta``. Raises UserError
@@ -103,7 +105,7 @@ def _new_rows(model: XSegModel) -> dict[str, list[int]] | None:
     return {names[id(table)]: rows for table in tables} if rows else None
 
 
-def check_learns(model: XSegModel, given: Mapping[str, Adapter]) -> None:
+def check_learns(model: XSegModel, given: Adapters) -> None:
     """Raise UserError for an adapter that no entry of ``trainable`` gives a learning rate."""
     for part in given:
         if not any(p.requires_grad for n, p in _part(model, part).named_parameters() if is_adapter(n)):
@@ -114,14 +116,14 @@ def check_learns(model: XSegModel, given: Mapping[str, Adapter]) -> None:
             )
 
 
-def check(model: XSegModel, given: Mapping[str, Adapter]) -> None:
+def check(model: XSegModel, given: Adapters) -> None:
     """Raise UserError for adapters that would learn nothing, and where the library for 4 bits is missing."""
     check_learns(model, given)
     if any(adapter.quantize for adapter in given.values()):
         quantize.library()
 
 
-def check_loaded(model: XSegModel, given: Mapping[str, Adapter], reports: Sequence[LoadReport]) -> None:
+def check_loaded(model: XSegModel, given: Adapters, reports: Sequence[LoadReport]) -> None:
     """Raise UserError for weights that are to be rounded to 4 bits and came from no file: they could not be rebuilt."""
     loaded = {name for report in reports for name in report.loaded}
     for part, adapter in given.items():
@@ -204,9 +206,7 @@ def fingerprint(state: Mapping[str, Tensor], left_out: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def save(
-    state: Mapping[str, Tensor], names: Mapping[str, str], given: Mapping[str, Adapter], base: Base, out: Path
-) -> None:
+def save(state: Mapping[str, Tensor], names: Mapping[str, str], given: Adapters, base: Base, out: Path) -> None:
     """Write ``adapter.safetensors`` and ``adapter.json``; ``state`` is the trained model's, ``names`` are ``kept``'s.
 
     A 4-bit weight is told from the others by its dtype and does not take part in the fingerprint.
@@ -238,7 +238,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, *, merge
     if not merged:
         return model
     merge(model).freeze_unread()
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
 
 def _opened(folder: Path) -> XSegModel:

@@ -51,7 +51,7 @@ def is_statistic(name: str) -> bool:
     return name.endswith(STATISTICS)
 
 
-def restored(layer: nn.Module) -> nn.Module:
+def restored(layer: Any) -> Any:
     """A linear layer with the float32 weight that a 4-bit one stands for; any other layer as it is."""
     if not is_coarse(layer):
         return layer

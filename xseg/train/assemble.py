@@ -1,13 +1,13 @@
 """A stage's recipes -> data sets, plan, model and criterion."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from xseg.config import Adapter, DataRecipe, load_recipe
+from xseg.config import DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
 from xseg.data.mixture import Plan, load_mixture
 from xseg.errors import UserError
@@ -115,7 +115,7 @@ def configuration(stage: Stage, data: Data) -> XSegConfig:
     )
 
 
-def skeleton(config: XSegConfig, given: Mapping[str, Adapter] | None = None) -> XSegModel:
+def skeleton(config: XSegConfig, given: adapters.Adapters | None = None) -> XSegModel:
     """Build the model, with adapters, without memory for its weights: names and shapes."""
     with torch.device("meta"):
         model = build_model(config)

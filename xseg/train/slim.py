@@ -10,7 +10,6 @@ from accelerate.utils import DistributedType
 from accelerate.utils.constants import SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from xseg.config import Adapter
 from xseg.errors import UserError
 from xseg.models import adapters
 from xseg.models.xseg import XSegModel
@@ -18,13 +17,13 @@ from xseg.models.xseg import XSegModel
 FILE = "base.json"
 
 
-def splits(given: Mapping[str, Adapter] | None) -> bool:
+def splits(given: adapters.Adapters | None) -> bool:
     """Whether ZeRO-3 may split an adapted model: peft reads an embedding with learnt rows past ZeRO-3's gathering, and
     4-bit weights lose what they were rounded by."""
     return not any(part == "llm" or adapter.quantize for part, adapter in (given or {}).items())
 
 
-def check(zero_stage: int | None, given: Mapping[str, Adapter] | None) -> None:
+def check(zero_stage: int | None, given: adapters.Adapters | None) -> None:
     """Raise UserError for adapters that ZeRO-3 cannot split."""
     if zero_stage == 3 and not splits(given):
         raise UserError(

@@ -129,9 +129,10 @@ def in_order(costs: Sequence[Tensor], ranges: Sequence[tuple[int, int]], targets
 
 def fake(model: XSegModel, dtype: torch.dtype) -> FakeTensorMode:
     """Make the tensors of a model on ``meta`` fake ones of a device, in place; floats become ``dtype``."""
-    mode, made = FakeTensorMode(allow_non_fake_inputs=True), {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
 
-    def of(old: Tensor) -> Tensor:
+    def of(old: Tensor) -> Any:
         # Tied weights stay tied.
         if id(old) not in made:
             with mode:
@@ -141,7 +142,7 @@ def fake(model: XSegModel, dtype: torch.dtype) -> FakeTensorMode:
 
     for module in model.modules():
         for held in (module._parameters, module._buffers):
-            held.update({name: of(tensor) for name, tensor in held.items() if tensor is not None})
+            held.update({name: of(tensor) for name, tensor in held.items() if tensor is not None})  # type: ignore[attr-defined]
     model.train()
     return mode
 
@@ -185,7 +186,7 @@ def _fake(mode: FakeTensorMode, batch: Batch) -> Batch:
         with mode:
             return torch.empty(value.shape, dtype=value.dtype)
 
-    large = {
+    large: dict[str, Any] = {
         f.name: empty(value)
         for f in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, f.name), Tensor) and value.dtype in (torch.float32, torch.uint8)
