@@ -23,6 +23,13 @@ def test_flops_of_a_linear_layer_and_nothing_changes() -> None:
     assert counted.total == 3 * 2 * 4 * 6 * 10, "forward, and backward for the input and for the weight"
 
 
+def test_attention_counts_with_its_backward() -> None:
+    query, key, value = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    with Flops() as counted:
+        nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+    assert counted.total == 3 * 2 * (2 * 2 * 3 * 5 * 7 * 8)
+
+
 def test_the_first_step_of_each_data_set_is_counted() -> None:
     meter = Meter(torch.device("cpu"))
     for source, size in ((0, 4), (0, 8), (1, 8)):

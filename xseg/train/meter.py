@@ -20,6 +20,32 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 GIGABYTE, TERA = 1e9, 1e12
 
 
+def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of the two products of attention, (..., n, d) each; causal or not, every pair counts."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return attention_flops(query, key, value)
+
+
+def _backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+    # dV, dP, dQ and dK; that kernels make the scores anew is no work of the model's.
+    return 2 * attention_flops(query, key, value)
+
+
+aten = torch.ops.aten
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    aten._scaled_dot_product_flash_attention_backward: _backward,
+    aten._scaled_dot_product_efficient_attention_backward: _backward,
+    aten._scaled_dot_product_cudnn_attention_backward: _backward,
+}
+"""FLOPs of an operation from its arguments: the library's, and those of attention as MFU is commonly counted."""
+
+
 class Flops(TorchDispatchMode):
     """Adds up the FLOPs of what runs while it is active (2 for a multiply and add), and changes nothing."""
 
@@ -28,9 +54,9 @@ class Flops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and add what the library's formula says of it."""
+        """Run one operation and add what its formula says of it."""
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=out))
         return out

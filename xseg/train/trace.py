@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from xseg.losses.criterion import Criterion
 from xseg.losses.targets import Targets
 from xseg.models.xseg import XSegModel
-from xseg.train.meter import Flops
+from xseg.train.meter import Flops, attention_flops
 from xseg.types import Batch
 
 
@@ -108,10 +108,8 @@ def fused_attention(ledger: Ledger, on_cpu: bool) -> Iterator[None]:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        pairs = query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        # Backward makes dV, dP, dQ and dK, beside the two products of forward.
-        ledger.total += 2 * pairs * (3 if learns else 1)
+        ledger.total += attention_flops(query, key, value) * (3 if learns else 1)
         return _Attention.apply(query, key, value, attn_mask)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
