@@ -6,10 +6,10 @@ import pytest
 import torch
 from model_cases import CLOSE, OPEN, SEG, config, kinds, model
 
-from xseg.config import Adapter
+from xseg.config import Adapter, ModelRecipe, load_recipe
 from xseg.errors import UserError
 from xseg.models import adapters, quantize
-from xseg.models.build import build_model
+from xseg.models.build import build_config, build_model
 from xseg.models.xseg import XSegModel
 
 PARTS = ("llm", "siglip", "sam")
@@ -118,6 +118,17 @@ def test_a_skeleton_has_the_same_tensors() -> None:
     made = adapted("phi3")
     assert {n: v.shape for n, v in bare.state_dict().items()} == {n: v.shape for n, v in made.state_dict().items()}
     assert {p.device.type for p in bare.parameters()} == {"meta"}
+
+
+def test_of_the_paper_preset_what_learns_is_under_five_percent() -> None:
+    """LoRA on all three parts, projectors and decoders in full: what a checkpoint of the full model's kind holds."""
+    sizes = build_config(load_recipe(ModelRecipe, "paper"), ["segmentor", "siglip", "llm"])
+    with torch.device("meta"):
+        made = build_model(sizes)
+        whole = sum(p.numel() for p in made.parameters())
+        adapters.attach(made, dict.fromkeys(PARTS, Adapter(rank=16)))
+    learns = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert 0.01 * whole < learns < 0.05 * whole
 
 
 @pytest.mark.skipif(FOUR_BITS, reason="bitsandbytes is installed")
