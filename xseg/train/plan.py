@@ -121,6 +121,7 @@ class Subject:
         """Raises UserError for what is wrong in the stage; data that cannot be read are replaced by typical ones."""
         self.stage, self.on_cpu = stage, on_cpu
         self.data, self.basis = _data(stage)
+        self.program = resident()
         self.config = assemble.configuration(stage, self.data) if self.data else _sizes(stage)
         self.model = assemble.skeleton(self.config, stage.recipe.adapters)
         optim.select(self.model, stage.recipe.trainable)
@@ -175,12 +176,11 @@ class Subject:
 def predict(stage: Stage, asked: Asked) -> Prediction:
     """Walk a stage and say what it needs on a machine. Raises UserError for what is wrong in its recipes."""
     recipe = stage.recipe
-    program = resident()
     subject = Subject(stage, on_cpu=asked.gpus == 0)
     given = Setting(2 if asked.gpus else 0, recipe.batch_size, recipe.accumulate, recipe.gradient_checkpointing)
     if not asked.gpus:
         cost = subject.walk(recipe.batch_size, recipe.gradient_checkpointing)
-        need = on_cpu(subject, cost, recipe.accumulate, program)
+        need = on_cpu(subject, cost, recipe.accumulate)
         return _prediction(subject, given, need, (None, None), cost.flops / recipe.batch_size, None)
     need = on_gpus(subject, given, asked)
     chosen = choose(subject, given, asked)
@@ -204,13 +204,13 @@ def _prediction(
     return Prediction(*counts, subject.basis, given, need, *chosen, flops, samples, hours)
 
 
-def on_cpu(subject: Subject, cost: trace.Cost, accumulate: int, program: float) -> Need:
+def on_cpu(subject: Subject, cost: trace.Cost, accumulate: int) -> Need:
     """Bytes of one process without DeepSpeed: float32 weights and gradients, two moments."""
     gradients = 4.0 * subject.trained
     # Gradients come in while activations go; where micro-batches add up, those of the first are there all along.
     together = cost.together if accumulate == 1 else cost.activations + gradients
     most = max(together, gradients)
-    return Need(4.0 * subject.parameters, gradients, 8.0 * subject.trained, most - gradients, program)
+    return Need(4.0 * subject.parameters, gradients, 8.0 * subject.trained, most - gradients, subject.program)
 
 
 def on_gpus(subject: Subject, setting: Setting, asked: Asked) -> Need:
