@@ -107,11 +107,15 @@ class _Walked:
     two: trace.Cost
 
     def activations(self, batch_size: int) -> float:
-        return self.one.activations + (batch_size - 1) * (self.two.activations - self.one.activations)
+        """Bytes of a micro-batch."""
+        # The two were other samples where the data are at hand: a smaller pair says nothing of a third one.
+        more = max(0, self.two.activations - self.one.activations)
+        return self.one.activations + (batch_size - 1) * more
 
     @property
     def flops(self) -> float:
-        return float(self.two.flops - self.one.flops)
+        """Of one sample."""
+        return self.two.flops / 2
 
 
 class Subject:
