@@ -1,14 +1,11 @@
 """A step walked without values costs what the same step costs with them."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_runs import COMMON, ROOT, SMALL, TINY, metrics, pictures
+from small_runs import COMMON, SMALL, TINY, pictures
 
 from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
@@ -110,26 +107,3 @@ def test_memory_is_read_with_its_unit() -> None:
     for wrong in ("80", "GB", "1.2.3GB", "0GB", "-4GB"):
         with pytest.raises(UserError, match="write a number and a unit"):
             parse_memory(wrong)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("s1", 32), ("s2", 48), ("s3", 32)])
-def test_the_peak_of_a_process_is_foreseen(name: str, size: int, data: Path, tmp_path: Path) -> None:
-    """The resident size of a run of a few steps against the plan's, made in a process of its own as well."""
-    path = str(next(TINY.glob(f"{name}_*.yaml")))
-    settings = ["model=scratch", f"data_root={data}", "init_from=[]", "precision=fp32", f"batch_size={size}"]
-    settings += ["num_workers=1", f"out={tmp_path / 'run'}", "steps=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "xseg.train", path, "--set", *settings], env=environment, cwd=ROOT, check=True
-    )
-    measured = max(row["memory_gb"] for row in metrics(tmp_path / "run"))
-    code = (
-        "import sys\nfrom xseg.train import loop, plan\nfrom xseg.train.stage import read_stage\n"
-        "print(plan.predict(read_stage(sys.argv[1], sys.argv[2:]), plan.Asked(0, 1e12, 1.0)).need.total)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path, *settings], env=environment, cwd=ROOT, check=True, capture_output=True
-    )
-    predicted = float(done.stdout.split()[-1]) / 1e9
-    assert predicted == pytest.approx(measured, rel=0.15)
