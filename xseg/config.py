@@ -137,6 +137,16 @@ class Watch(Recipe):
     """Each row is scored on the samples of its first ``images`` images. Rank 0 scores while the others wait."""
 
 
+class Adapter(Recipe):
+    """LoRA beside the frozen weights of one part (Hu et al., 2021); ``nf4`` stores those in 4 bits (QLoRA, 2023)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)  # over rank: the scale of what is added to a weight
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"  # or names, as q_proj; never the output layer
+    quantize: Literal["nf4"] | None = None  # needs the extra ``qlora``
+
+
 class StageRecipe(Recipe):
     """One training stage."""
 
@@ -155,6 +165,8 @@ class StageRecipe(Recipe):
     data_root: str = "data"
     out: str
     trainable: list[LrGroup]
+    adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None  # there LoRA and rows of new words learn
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = []  # beside metrics.jsonl; each an extra
     steps: int | None = None
     """Optimiser steps; None = ``epochs`` over the resampled mixture."""
     epochs: float = 1.0

@@ -21,7 +21,7 @@ COMMON = ["model=scratch", "num_workers=0", "precision=fp32", "schedule.warmup=0
 SAMPLED = ("loss.points=sampled", "loss.num_points=64")
 
 
-TIMINGS = {"data_s", "images_per_s", "elapsed_s"}
+TIMINGS = {"data_s", "data_share", "images_per_s", "tokens_per_s", "tflops", "memory_gb", "elapsed_s"}
 
 
 def pictures(root: Path) -> Path:

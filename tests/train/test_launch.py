@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import SAMPLED, finished, launch, losses, metrics, pictures, untimed
 
 from xseg.data.shapeworld.write import write
@@ -70,3 +71,16 @@ def test_the_trouble_of_one_rank_is_told(data: Path, tmp_path: Path) -> None:
     said = (tmp_path / "run.log").read_text()
     lines = [line for line in said.splitlines() if line.startswith("xseg.train:")]
     assert len(lines) == 1 and "panoptic.json" in lines[0] and "exitcode  : 2" in said
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "cpu2"])
+def test_adapters_go_on_from_checkpoints_without_the_frozen_weights(kind: str, data: Path, tmp_path: Path) -> None:
+    lora = ("adapters={sam: {rank: 2, dropout: 0.1}}", "schedule.kind=constant", "save_every=3", *SAMPLED)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finished(launch(kind, data, whole, "steps=6", *lora), whole)
+    finished(launch(kind, data, cut, "steps=3", *lora), cut)
+    assert "resumed from" in finished(launch(kind, data, cut, "steps=6", *lora, flags=("--resume", "auto")), cut)
+    assert untimed(metrics(cut)) == untimed(metrics(whole))
+    first, second = (checkpoint.read_weights(run / "final/adapter.safetensors") for run in (whole, cut))
+    assert any("lora_B" in name and value.any() for name, value in first.items())
+    assert first.keys() == second.keys() and all(torch.equal(v, second[n]) for n, v in first.items())

@@ -83,7 +83,9 @@ def lineage(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     seen = set()
     for earlier in map(Path, recipe.get("init_from", ())):
         beside = folder.parent.parent / earlier.parent.name / earlier.name
-        for place, stage in lineage(beside if (beside / STAGE).is_file() else earlier):
+        # A run that starts from another folder's run of its own name must not take itself for it.
+        moved = (beside / STAGE).is_file() and beside.resolve() != folder.resolve()
+        for place, stage in lineage(beside if moved else earlier):
             if place not in seen:
                 seen.add(place)
                 yield place, stage

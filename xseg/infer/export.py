@@ -16,7 +16,7 @@ from xseg.geometry import masks as rle
 from xseg.infer import card
 from xseg.infer.evaluate import open_row, predict
 from xseg.infer.predictor import Predictor, load
-from xseg.models import checkpoint
+from xseg.models import adapters, checkpoint
 from xseg.types import ModelOutput, Prediction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,6 +49,8 @@ class Export:
 def export(asked: Export) -> card.Agreement:
     """Cast the weights, check that the copy answers as its source does, and write ``asked.out`` with a model card.
 
+    Adapters are merged in the copy; in the source they stand beside the weights, so that merging is checked as well.
+
     Both are run on the CPU in float32, so that nothing but the rounding differs. Raises UserError, and leaves ``out``
     as it was, for a source that is no model, an unknown dtype, answers that differ, and a folder above its limit.
     """
@@ -56,10 +58,11 @@ def export(asked: Export) -> card.Agreement:
     source = final_folder(asked.source)
     if source.resolve() == asked.out.resolve():
         raise UserError(f"--out {asked.out}: is the source itself, and would be overwritten; give another folder")
-    predictor, processor = load(source, "cpu")
+    predictor, processor = load(source, "cpu", merged=False)
     with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
         write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
         wanted, logits = answers(predictor, Path(data))
+        adapters.merge(predictor.model)
         predictor.model.to(DTYPES[asked.dtype]).save_pretrained(partial)
         processor.save_pretrained(partial)
         if (source / card.STAGE).is_file():

@@ -17,7 +17,7 @@ from xseg.geometry import masks as rle
 from xseg.geometry.views import read_image
 from xseg.infer import request
 from xseg.infer.processing import XSegProcessor
-from xseg.models import checkpoint
+from xseg.models import adapters
 from xseg.tasks import interactive_seg, phrasing
 from xseg.tokens import IMAGE, REGION
 from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
@@ -111,12 +111,15 @@ class Predictor:
         return Result(size, (Segment(best.mask, 0, best.score, kind),))
 
 
-def load(folder: str | Path | None = None, device: str | None = None) -> tuple[Predictor, XSegProcessor]:
+def load(
+    folder: str | Path | None = None, device: str | None = None, *, merged: bool = True
+) -> tuple[Predictor, XSegProcessor]:
     """Open the ``final`` folder of a stage: ``model, processor = load(folder)``, then ``model.segment(image, text)``.
 
     Without a folder the shipped ShapeWorld model is opened. ``device`` is "cuda" where there is one, else "cpu";
     there, weights stored in half precision become float32, which is what a CPU is fast and exact in. ``model.model``
-    is the bare XSegModel. Raises UserError when the folder holds no xseg model, or a damaged or incomplete one.
+    is the bare XSegModel; ``merged=False`` leaves LoRA beside the weights that it was trained with. Raises UserError
+    when the folder holds no xseg model, or a damaged or incomplete one.
     """
     folder = default_model() if folder is None else Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +127,7 @@ def load(folder: str | Path | None = None, device: str | None = None) -> tuple[P
     processor = XSegProcessor.from_pretrained(folder)
     if processor.encoder is not None:
         checkpoint.check_vocabulary(folder, config, len(processor.encoder.tokenizer))
-    model = checkpoint.load(folder, torch.float32 if device == "cpu" else None).eval()
+    model = adapters.load(folder, torch.float32 if device == "cpu" else None, merged=merged).eval()
     model.to(device)
     return Predictor(model, processor), processor
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xseg.config import LossWeights
 from xseg.errors import UserError
-from xseg.losses.matcher import Matches, dense_logits, match
+from xseg.losses.matcher import Matches, Solve, dense_logits, hungarian, match
 from xseg.losses.points import Randoms, sample_logits, uncertain_points, uniform
 from xseg.losses.targets import Pixels, Targets
 from xseg.types import Batch, Losses, ModelOutput
@@ -26,8 +26,11 @@ class Criterion:
     the accumulation steps needs the loss multiplied by the same number first.
     """
 
-    def __init__(self, weights: LossWeights, is_thing: Sequence[bool] = ()) -> None:
-        """``is_thing``: for each label of the fixed label list, needed by ``pixel_thing`` only."""
+    def __init__(self, weights: LossWeights, is_thing: Sequence[bool] = (), solve: Solve = hungarian) -> None:
+        """``is_thing``: for each label of the fixed label list, needed by ``pixel_thing`` only.
+
+        ``solve`` chooses pairs from costs; a walk without values has nothing to compare and puts its own here.
+        """
         if weights.pixel_class and weights.pixel_thing != 1 and not is_thing:
             raise UserError(
                 f"loss.pixel_thing = {weights.pixel_thing}: the label list does not say which labels are things; "
@@ -35,6 +38,7 @@ class Criterion:
             )
         self.weights = weights
         self.is_thing = tuple(is_thing)
+        self.solve = solve
 
     def totals(self, batch: Batch, num_queries: int) -> Tensor:
         """Return this micro-batch's (4,) float64 counts; sum them over micro-batches and ranks.
@@ -81,7 +85,7 @@ class Criterion:
         self, output: ModelOutput, batch: Batch, counts: Tensor, draw: Randoms | None
     ) -> dict[str, Tensor]:
         targets = Targets(batch)
-        matches = match(output, targets, self.weights, draw)
+        matches = match(output, targets, self.weights, draw, self.solve)
         masks = counts[MASKS].clamp_min(1)
         bce, dice = self._mask_losses(output.mask_logits, targets, matches, draw)
         values = {

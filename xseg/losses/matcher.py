@@ -1,5 +1,6 @@
 """Which prediction answers for which target mask: Hungarian matching of every decoder prediction (Mask2Former)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +42,38 @@ def pair_costs(logits: Tensor, pixels: Pixels, weights: LossWeights) -> Tensor:
     return weights.mask * bce + weights.dice * dice
 
 
+Solve = Callable[[Sequence[Tensor], Sequence[tuple[int, int]], Targets], np.ndarray]
+"""``solve(costs, ranges, targets)``: costs (L, items, N, m) of ranges of queries -> pairs (L, 2, R): object query,
+row."""
+
+
+def hungarian(costs: Sequence[Tensor], ranges: Sequence[tuple[int, int]], targets: Targets) -> np.ndarray:
+    """Pairs of the least total cost; all costs come to the host in one copy."""
+    flat = torch.cat([c.flatten() for c in costs]).nan_to_num(1e10).clamp(-1e10, 1e10).cpu().numpy()
+    pairs: list[list[np.ndarray]] = [[] for _ in range(len(costs[0]))]
+    start = 0
+    for (first, last), cost in zip(ranges, costs, strict=True):
+        block = flat[start : start + cost.numel()].reshape(cost.shape)
+        start += cost.numel()
+        for layer, found in enumerate(pairs):
+            for item in range(first, last):
+                query, column = linear_sum_assignment(block[layer, item - first, :, : targets.counts[item]])
+                found.append(np.stack([query, column + targets.starts[item]]))
+    return np.stack([np.concatenate(p, axis=1) for p in pairs])
+
+
 @torch.no_grad()
-def match(output: ModelOutput, targets: Targets, weights: LossWeights, randoms: Randoms | None) -> Matches:
+def match(
+    output: ModelOutput,
+    targets: Targets,
+    weights: LossWeights,
+    randoms: Randoms | None,
+    solve: Solve = hungarian,
+) -> Matches:
     """Match every prediction of every query with its targets at the least total cost.
 
     Cost = class * (-probability) + mask * BCE + dice * Dice on points shared by all masks of a query. All layers are
-    one cost tensor, copied to the host once.
+    one cost tensor.
     """
     layers, items, queries = output.mask_logits.shape[:3]
     device = output.mask_logits.device
@@ -57,17 +84,7 @@ def match(output: ModelOutput, targets: Targets, weights: LossWeights, randoms: 
     source = _Source(output, targets, weights, randoms)
     ranges = [(r.start, r.stop) for r in chunks(items, source.per_item, device) if sum(targets.counts[r])]
     costs = [source.costs(first, last) for first, last in ranges]
-    flat = torch.cat([c.flatten() for c in costs]).nan_to_num(1e10).clamp(-1e10, 1e10).cpu().numpy()
-    pairs: list[list[np.ndarray]] = [[] for _ in range(layers)]
-    start = 0
-    for (first, last), cost in zip(ranges, costs, strict=True):
-        block = flat[start : start + cost.numel()].reshape(cost.shape)
-        start += cost.numel()
-        for layer in range(layers):
-            for item in range(first, last):
-                query, column = linear_sum_assignment(block[layer, item - first, :, : targets.counts[item]])
-                pairs[layer].append(np.stack([query, column + targets.starts[item]]))
-    both = torch.from_numpy(np.stack([np.concatenate(p, axis=1) for p in pairs])).to(device)
+    both = torch.from_numpy(solve(costs, ranges, targets)).to(device)
     owner = torch.repeat_interleave(torch.tensor(counts)).to(device)
     return Matches(counts, owner, both[:, 0], both[:, 1])
 

@@ -128,8 +128,10 @@ def read_config(folder: Path) -> XSegConfig:
     return XSegConfig.from_pretrained(folder)
 
 
-def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]:
-    """Lay earlier stages over a model, in order, and report each.
+def overlay(
+    model: XSegModel, folders: Sequence[str | Path], read: Callable[[Path], Mapping[str, Tensor]] | None = None
+) -> list[LoadReport]:
+    """Lay earlier stages over a model, in order, and report each; ``read`` gets a folder's tensors in another way.
 
     A tensor with no place or of another shape is an error, and so is a part that is filled by half, but for what this
     stage replaces: a class head of another kind, and parts that are not built here. Raises UserError for that, for
@@ -140,7 +142,7 @@ def overlay(model: XSegModel, folders: Sequence[str | Path]) -> list[LoadReport]
         config = read_config(Path(folder))
         if model.config.text_config is not None:
             check_vocabulary(folder, config, model.config.text_config.vocab_size)
-        report = assign(model, read_weights(Path(folder)), str(folder))
+        report = assign(model, (read or read_weights)(Path(folder)), str(folder))
         what = _misfit(model, report)
         if what:
             raise UserError(f"{folder}: {what}: use the model recipe that made it, or copy it again\n{report}")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from xseg.config import DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
 from xseg.data.mixture import Plan, load_mixture
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.losses.criterion import Criterion
+from xseg.models import adapters
 from xseg.models.build import build_config, build_model, load_parts
-from xseg.models.checkpoint import LoadReport, overlay
+from xseg.models.checkpoint import LoadReport
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.train.stage import Stage
@@ -87,6 +89,12 @@ def names(stage: Stage) -> list[str]:
     return [entry.recipe for entry in stage.mixture.datasets]
 
 
+def tasks(stage: Stage) -> list[str]:
+    """The task of each of the mixture's data sets."""
+    entries = stage.mixture.datasets
+    return [(e.task or load_recipe(DataRecipe, e.recipe, beside=stage.folder).task).name for e in entries]
+
+
 def plan(stage: Stage, data: Data, world: int) -> Plan:
     """Return the batches of the whole run."""
     lengths = [len(d) for d in data.datasets]
@@ -107,20 +115,29 @@ def configuration(stage: Stage, data: Data) -> XSegConfig:
     )
 
 
-def skeleton(config: XSegConfig) -> XSegModel:
-    """Build the model without memory for its weights: names and shapes."""
+def skeleton(config: XSegConfig, given: adapters.Adapters | None = None) -> XSegModel:
+    """Build the model, with adapters, without memory for its weights: names and shapes."""
     with torch.device("meta"):
-        return build_model(config)
+        model = build_model(config)
+        adapters.attach(model, given or {})
+    return model
 
 
 def build(stage: Stage, config: XSegConfig) -> tuple[XSegModel, list[LoadReport]]:
-    """Build the model from (recipe, seed), its pretrained parts and the weights of earlier stages; report each."""
+    """Build the model from (recipe, seed), its pretrained parts and the weights of earlier stages; report each.
+
+    Adapters stand beside what was loaded. Raises UserError for weights that do not fit.
+    """
     torch.manual_seed(stage.recipe.seed)
     model = build_model(config)
-    parts = load_parts(model, stage.model)
+    reports = load_parts(model, stage.model)
+    reports += adapters.overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
+    given = stage.recipe.adapters or {}
+    adapters.check_loaded(model, given, reports)
+    adapters.attach(model, given)
     if stage.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, parts + overlay(model, [Path(p).expanduser() for p in stage.recipe.init_from])
+    return model, reports
 
 
 def num_queries(config: XSegConfig) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from xseg.config import find
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
-from xseg.models import pixel_decoder
+from xseg.models import adapters, pixel_decoder
 from xseg.models.build import build_config, location
 from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
@@ -170,8 +170,10 @@ def selected(stage: Stage, processor: XSegProcessor) -> XSegModel:
     special = encoder.special if encoder else None
     words = len(encoder.tokenizer) if encoder else None
     # The number of labels is the data's; one stands for any here.
-    model = assemble.skeleton(build_config(stage.model, recipe.parts, recipe.head, 1, words, special))
+    config = build_config(stage.model, recipe.parts, recipe.head, 1, words, special)
+    model = assemble.skeleton(config, recipe.adapters)
     optim.select(model, recipe.trainable)
+    adapters.check(model, recipe.adapters or {})
     return model
 
 

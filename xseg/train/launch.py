@@ -35,6 +35,8 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
         gradient_accumulation_steps=recipe.accumulate,
         deepspeed_plugin=_plugin(recipe, precision) if uses_deepspeed() else None,
         kwargs_handlers=handlers,
+        log_with=list(recipe.track) or None,
+        project_dir=recipe.out,
     )
     _build_whole()
     if acc.num_processes != world:
@@ -114,8 +116,11 @@ def together(acc: Accelerator, step: int, batch: Any, stop: int) -> bool:
 
 
 def finish(acc: Accelerator) -> None:
-    """End the processes together. On CPU with several of them the interpreter's own exit aborts now and then."""
-    acc.wait_for_everyone()
+    """Close the trackers and end the processes together.
+
+    On CPU with several of them the interpreter's own exit aborts now and then.
+    """
+    acc.end_training()
     if dist.is_initialized():
         dist.destroy_process_group()
     if acc.device.type == "cpu" and acc.num_processes > 1:

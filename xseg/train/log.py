@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 FILE = "metrics.jsonl"
+Report = Callable[[Mapping[str, float], int], None]
+"""``report(numbers, step)``."""
 QUIET_SECONDS = 15.0
 """Without a terminal, a line is printed at most this often."""
 
@@ -77,6 +79,19 @@ def _short(value: Any) -> Any:
     return value
 
 
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """A line of metrics.jsonl as numbers with flat names; the loss also under its data set and its task."""
+    out: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            out |= {f"{key}/{name}": number for name, number in scalars(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            out[key] = float(value)
+    if "loss" in record:
+        out |= {f"loss_of/{record[key]}": float(record["loss"]) for key in ("source", "task") if key in record}
+    return out
+
+
 class Progress:
     """A bar on a terminal, a line now and then elsewhere; silent where ``shown`` is False."""
 
@@ -115,8 +130,11 @@ class Console:
     ``elapsed_s`` of a line is the seconds of training so far: over all resumes, without looks at held-out images.
     """
 
-    def __init__(self, out: Path, sources: Sequence[str], start: int, total: int, shown: bool) -> None:
-        self.shown, self.sources = shown, sources
+    def __init__(
+        self, out: Path, sources: Sequence[tuple[str, str]], start: int, total: int, shown: bool, report: Report
+    ) -> None:
+        """``sources``: recipe and task of each data set. ``report`` gets the numbers of every line written."""
+        self.shown, self.sources, self.report = shown, sources, report
         self.progress = Progress(total, start, shown)
         self.begin = time.monotonic()
         if shown:
@@ -125,14 +143,17 @@ class Console:
             self.begin -= self.file.elapsed
 
     def log(self, step: int, figures: Mapping[str, Any], source: int, seconds: float, *, write: bool) -> None:
-        """Record the finished step ``step`` (1-based); ``figures`` hold at least loss, lr and images."""
+        """Record the finished step ``step`` (1-based); ``figures`` hold loss, lr, images, tokens, data_s and more."""
         if not self.shown:
             return
-        record = {"step": step, **figures, "source": self.sources[source]}
-        record["images_per_s"] = record.pop("images") / seconds
+        name, task = self.sources[source]
+        record = {"step": step, **figures, "source": name, "task": task}
+        record |= {f"{key}_per_s": record.pop(key) / seconds for key in ("images", "tokens")}
+        record["data_share"] = record["data_s"] / seconds
         record["elapsed_s"] = time.monotonic() - self.begin
         if write:
             self.file.write(record)
+            self.report(scalars(record), step)
         self.progress.update(step, record)
 
     def looked(self, step: int) -> bool:

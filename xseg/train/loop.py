@@ -18,9 +18,11 @@ from xseg.data.mixture import Plan
 from xseg.errors import RunError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
-from xseg.train import assemble, consolidate, launch, optim, state
+from xseg.models import adapters
+from xseg.train import assemble, consolidate, launch, optim, slim, state, tracking
 from xseg.train.export import export
 from xseg.train.log import Console
+from xseg.train.meter import Meter
 from xseg.train.stage import Stage
 from xseg.train.stop import Stop, Stopped
 from xseg.train.trouble import Skipped, check_gradients, told
@@ -50,6 +52,7 @@ class Trainer:
     watchdog: Watchdog
     skipped: Skipped
     """Steps whose loss or gradient was no finite number."""
+    meter: Meter
 
     def step(self, step: int, micros: Sequence[Batch]) -> dict[str, float]:
         """Do optimiser step ``step`` (0-based) on this rank's micro-batches; return figures of the global batch.
@@ -71,7 +74,7 @@ class Trainer:
             with acc.accumulate(self.model):
                 with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
                     output = self.model(batch)
-                losses = self.criterion(output, batch, totals=totals[:-1], draw=draw)
+                losses = self.criterion(output, batch, totals=totals[:-2], draw=draw)
                 # The frameworks average over ranks and micro-batches; the criterion's shares are to be added.
                 acc.backward(losses.total * (acc.num_processes * len(micros)))
                 check_gradients(self.watchdog, step, batch)
@@ -82,15 +85,17 @@ class Trainer:
         self.watchdog.at("adds up the losses with the other ranks")
         loss, *values = acc.reduce(sums, "sum").tolist()
         figures = {"loss": loss, **{name: value for name, value in zip(TERMS, values, strict=True) if value}}
-        figures |= {"grad_norm": norm, "images": totals[-1].item()}
+        figures |= {"grad_norm": norm, "tokens": totals[-2].item(), "images": totals[-1].item()}
         self.skipped.check(step, figures, micros, [bool(ok) for ok in finite])
         return figures | ({"skipped": self.skipped.count} if self.skipped.count else {})
 
     def _totals(self, micros: Sequence[Batch]) -> torch.Tensor:
-        """Counts of the global batch: those of the criterion, then images. One all-reduce a step."""
+        """Counts of the global batch: those of the criterion, then text tokens and images. One all-reduce a step."""
         counts = sum(self.criterion.totals(batch, self.num_queries) for batch in micros)
         assert isinstance(counts, torch.Tensor)
-        seen = counts.new_tensor([sum(len(b.geometry) for b in micros)])
+        seen = counts.new_tensor(
+            [sum(int(b.attention_mask.sum()) for b in micros), sum(len(b.geometry) for b in micros)]
+        )
         return self.acc.reduce(torch.cat([counts, seen]), "sum")
 
     def _update(self) -> float:
@@ -124,13 +129,16 @@ def train(stage: Stage, resume: str = "none") -> None:
     the run, and Stopped after SIGTERM or SIGINT.
     """
     recipe = stage.recipe
+    tracking.check(recipe.track)
     data = assemble.load_data(stage)
     criterion = assemble.criterion(stage, data)
     config = assemble.configuration(stage, data)
-    skeleton = assemble.skeleton(config)
+    skeleton = assemble.skeleton(config, recipe.adapters)
     optim.select(skeleton, recipe.trainable)
+    adapters.check(skeleton, recipe.adapters or {})
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
+    slim.check(state.layout(acc)["zero"], recipe.adapters)
     watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
     plan = assemble.plan(stage, data, acc.num_processes)
     begin = 0
@@ -139,15 +147,20 @@ def train(stage: Stage, resume: str = "none") -> None:
         stage = replace(stage, recipe=recipe.model_copy(update={"init_from": [resume]}))
     model, reports = assemble.build(stage, config)
     selections = optim.select(model, recipe.trainable)
+    if recipe.adapters:
+        slim.register(acc, model)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     optimizer = optim.adamw(model, selections, recipe.betas)
     rates = [group["lr"] for group in optimizer.param_groups]
     queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, partial(acc.print, flush=True))
+    meter = Meter(acc.device)
+    meter.listen(model, optimizer)
+    tracking.start(acc, stage)
     with Watchdog(stage.out, acc.process_index, acc.num_processes, recipe.stall) as watchdog, told(watchdog):
         watchdog.listen(model)
         model, optimizer = launch.prepare(acc, model.train(), optimizer)
         numbers = recipe.seed, recipe.clip, precision, queries
-        trainer = Trainer(acc, model, optimizer, criterion, rates, *numbers, watchdog, skipped)
+        trainer = Trainer(acc, model, optimizer, criterion, rates, *numbers, watchdog, skipped, meter)
         start = go_on(trainer, stage, begin) if resume != "none" else 0
         run(trainer, stage, plan, data, start, watched)
         with watchdog.slow("exports the model"):
@@ -164,7 +177,8 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: 
     steps = recipe.steps or max(1, round(recipe.epochs * plan.steps_per_epoch))
     saved = start
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
-    console = Console(stage.out, names, start, steps, acc.is_main_process)
+    sources = list(zip(names, assemble.tasks(stage), strict=True))
+    console = Console(stage.out, sources, start, steps, acc.is_main_process, acc.log)
     if watched and start and watched.due(start, steps):
         look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
     with Stop(acc.is_main_process) as stop, closing(batches):
@@ -184,8 +198,10 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: 
                 raise Stopped(stop.asked or signal.SIGTERM)
             factor = optim.factor(step, steps, recipe.schedule)
             optim.set_rates(trainer.optimizer, trainer.rates, factor)
-            figures = {"lr": factor * max(trainer.rates), "data_s": waited} | trainer.step(step, micros)
+            with trainer.meter.counting(source):
+                figures = {"lr": factor * max(trainer.rates), "data_s": waited} | trainer.step(step, micros)
             last, seconds = step + 1 == steps, time.monotonic() - clock
+            figures |= trainer.meter.figures(source, seconds, figures["grad_norm"])
             due = watched is not None and watched.due(step + 1, steps)
             watchdog.done(seconds)
             console.log(step + 1, figures, source, seconds, write=last or due or (step + 1) % recipe.log_every == 0)

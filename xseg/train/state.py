@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError
-from xseg.train import manifest
+from xseg.train import manifest, slim
 
 STATE = "state.json"
 TORCH_WRITE_FAULTS = ("PytorchStreamWriter", "write failed", "inline_container")
@@ -36,6 +36,7 @@ FREE = {
     "num_workers",
     "skip_nonfinite",
     "stall",
+    "track",
     "watch",
 }
 """Keys of a stage that may change when a run is resumed. ``steps`` and ``epochs`` move the end, and the schedule with
@@ -67,7 +68,7 @@ def save(acc: Accelerator, out: Path, step: int, recipe: Mapping[str, Any], keep
     """
     final = out / "checkpoints" / f"step_{step}"
     with writing(final, acc) as folder:
-        acc.save_state(str(folder))
+        acc.save_state(str(folder), **slim.saving(acc, recipe))
         acc.wait_for_everyone()
         if acc.is_main_process:
             fields = {"step": step, "skipped": skipped, "layout": layout(acc), "recipe": dict(recipe)}
@@ -93,7 +94,7 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> dict[str
             "accelerate config and the number of processes of the first launch, or go on from the weights alone: "
             "`xseg consolidate STAGE --set ... --out DIR`, then this launch with another out and --resume DIR"
         )
-    acc.load_state(str(path))
+    acc.load_state(str(path), **slim.loading(acc, recipe))
     return state
 
 

@@ -202,6 +202,23 @@ def consolidate_command(
     print(f"{out}: the weights after step {step}; to go on: accelerate launch … --resume {out} --set out=ANOTHER")
 
 
+@app.command("plan")
+def plan_command(
+    stage: Annotated[str, typer.Argument(help="Stage recipe.")],
+    gpus: Annotated[int, typer.Option(min=0, help="Accelerators; 0 = one process on this CPU.")],
+    memory: Annotated[str, typer.Option(help="Of each, for example 80GB.")],
+    tflops: Annotated[float, typer.Option(min=1, help="What each sustains, in TFLOP/s.")] = 316.0,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe (repeatable).")] = None,
+) -> None:
+    """Predict memory and hours of a stage and choose how to launch it; needs no weights and no accelerator."""
+    from rich.console import Console
+
+    from xseg.train.plan import Asked
+    from xseg.ui.planning import parse_memory, show_plan
+
+    show_plan(stage, settings or [], Asked(gpus, parse_memory(memory), tflops * 1e12), Console(highlight=False))
+
+
 @data.command("shapes")
 def shapes_command(
     out: Out,

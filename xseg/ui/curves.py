@@ -14,9 +14,13 @@ from xseg.ui.plot import COLOURS, Line, Plot, number
 FIRST = ("loss", "lm", "class", "mask", "dice", "pixel_class", "aux")
 """Shown in this order; then the rest by name."""
 HIDDEN = ("step", "data_s", "elapsed_s")
-WHOLE = ("lr", "grad_norm", "images_per_s")
+WHOLE = ("lr", "grad_norm", "images_per_s", "tokens_per_s", "data_share", "tflops", "mfu", "memory_gb")
 """What belongs to the run and is not drawn per data set."""
-UNITS = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second"}
+UNITS = {
+    "lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second",
+    "tokens_per_s": "text tokens per second", "data_share": "share of time spent waiting for data",
+    "tflops": "TFLOP/s of a process", "mfu": "share of the accelerator's peak", "memory_gb": "peak memory, GB",
+}  # fmt: skip
 MINUTES = "training minutes"
 INK = "#667085"
 WIDE = (1000, 430)
