@@ -8,19 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from xseg.config import (
-    DataRecipe,
-    ModelRecipe,
-    Recipe,
-    Suite,
-    decode,
-    find,
-    load_recipe,
-    merge,
-    parse_override,
-    read_yaml,
-)
+from xseg.config import DataRecipe, ModelRecipe, Recipe, Suite, decode, load_recipe, merge, parse_override, read_yaml
 from xseg.errors import UserError, did_you_mean
+from xseg.paths import find
 from xseg.train.stage import Stage, read_stage
 from xseg.train.state import FREE
 

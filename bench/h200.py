@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import yaml
 
-from xseg.config import FOLDERS, ModelRecipe, find, read_yaml
+from xseg.config import FOLDERS, ModelRecipe, read_yaml
 from xseg.data.shapeworld.write import write
+from xseg.paths import find
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"s1": "s1_segmentor", "s2": "s2_align", "s3": "s3_mixed"}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xseg import config
+from xseg import config, paths
 from xseg.tasks import SHARED, load_task
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"types", "tokens"},
+    {"types", "tokens", "paths"},
     {"config", "geometry"},
     {"metrics", "losses", "postprocess"},
     {"encode", "tasks", "models"},
@@ -164,7 +164,7 @@ def test_stages_resolve(path: Path) -> None:
         mixture = config.load_recipe(config.Mixture, mixture)
     check_entries(mixture.datasets)
     if "llm" in stage.parts:
-        config.find(model.chat_template, "chat_templates", ".jinja")
+        paths.find(model.chat_template, "chat_templates", ".jinja")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train_stages/accelerate").glob("*.yaml")), ids=rel)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from xseg.config import DEFAULT_MODEL, find, shipped
 from xseg.errors import UserError
 from xseg.infer.card import EXAMPLE, FILE, PHRASE
+from xseg.paths import DEFAULT_MODEL, find, shipped
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / DEFAULT_MODEL

@@ -32,7 +32,7 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 def test_recipes_are_found_by_name(installed: Path, tmp_path: Path) -> None:
     code = (
         "import xseg; from xseg.train.stage import read_stage\n"
-        "from xseg.config import Suite, find, load_recipe\n"
+        "from xseg.config import Suite, load_recipe\nfrom xseg.paths import find\n"
         "print(xseg.__file__, read_stage('tiny/s1_segmentor').model.sam['patch_size'])\n"
         "load_recipe(Suite, 'shapes'); print(find('phi3', 'chat_templates', '.jinja'))"
     )
@@ -49,7 +49,7 @@ def test_the_command_line_runs_and_names_what_is_missing(installed: Path, tmp_pa
 
 def test_examples_are_found_from_anywhere(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from xseg.config import default_model, find\n"
+        "from xseg.paths import default_model, find\n"
         "print(find('examples/tiny_model/example.png', 'train_stages/models', suffix=''))\n"
         "print(default_model())"
     )

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from xseg.config import find
 from xseg.data.shapeworld.write import write
 from xseg.encode import Encoder
 from xseg.geometry.views import ViewSizes
 from xseg.infer.predictor import Predictor
 from xseg.infer.processing import XSegProcessor
+from xseg.paths import find
 from xseg.tokens import add_special_tokens
 from xseg.types import Batch, ModelOutput
 

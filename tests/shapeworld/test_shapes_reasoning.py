@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from xseg.config import find
 from xseg.data.shapeworld.grounded import grounded
 from xseg.data.shapeworld.language import NUMBERS
 from xseg.data.shapeworld.reasoning import GROUND_CLAUSES, SHAPE_CLAUSES, TYPES, Riddle, riddles
 from xseg.data.shapeworld.world import Scene, ground_map, sample_scene
+from xseg.paths import find
 
 KNOWN = {
     "could roll": {"circle", "ring"},

@@ -14,7 +14,7 @@ from PIL import Image
 from small_models import LLM, SAM, SEGMENTOR, SIGLIP
 
 import xseg.tasks
-from xseg.config import DataRecipe, LossWeights, Suite, TaskSpec, find, load_recipe
+from xseg.config import DataRecipe, LossWeights, Suite, TaskSpec, load_recipe
 from xseg.data.collate import collate
 from xseg.data.dataset import Dataset, Preparation
 from xseg.encode import Encoder
@@ -27,6 +27,7 @@ from xseg.losses.criterion import Criterion
 from xseg.models.build import build_model
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
+from xseg.paths import find
 from xseg.tasks import SHARED, load_task
 from xseg.types import Sample
 

@@ -113,12 +113,12 @@ def test_what_chat_refuses_leaves_nothing_behind(
 def test_chat_without_a_model_opens_the_shipped_one(
     model: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None]
 ) -> None:
-    from xseg import config, load
+    from xseg import load, paths
 
     far = tmp_path / "far"
     far.mkdir()
     monkeypatch.chdir(far)
-    monkeypatch.setattr(config, "SHIPPED", (tmp_path / "checkout", tmp_path / "wheel"))
+    monkeypatch.setattr(paths, "SHIPPED", (tmp_path / "checkout", tmp_path / "wheel"))
     words = ("chat", "--image", image, "--say", "the circle", "--out", tmp_path / "out")
     for place in ("checkout/examples/tiny_model", "wheel/examples/tiny_model", "--model DIR"):
         refused(place, *words)

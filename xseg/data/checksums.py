@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from xseg.config import DataRecipe, data_path
+from xseg.config import DataRecipe
 from xseg.errors import UserError
+from xseg.paths import data_path
 
 
 def check(recipe: DataRecipe, root: str | Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xseg.config import DataRecipe, data_path
+from xseg.config import DataRecipe
 from xseg.data.records import field, read_records, records, whole
 from xseg.data.sources import llava
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
+from xseg.paths import data_path
 from xseg.tokens import IMAGE
 from xseg.types import Size
 

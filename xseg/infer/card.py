@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from xseg.config import DEFAULT_MODEL, DataRecipe, ModelRecipe, find, load_recipe
+from xseg.config import DataRecipe, ModelRecipe, load_recipe
 from xseg.errors import UserError
 from xseg.geometry.views import ViewSizes
 from xseg.infer.summary import is_blind
+from xseg.paths import DEFAULT_MODEL, find
 
 FILE, STAGE, EXAMPLE = "README.md", "stage.yaml", "example.png"
 PHRASE = "the large blue square"

@@ -11,13 +11,13 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from xseg import postprocess
-from xseg.config import default_model, shipped
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.geometry.views import read_image
 from xseg.infer import request
 from xseg.infer.processing import XSegProcessor
-from xseg.models import adapters
+from xseg.models import adapters, checkpoint
+from xseg.paths import default_model, shipped
 from xseg.tasks import interactive_seg, phrasing
 from xseg.tokens import IMAGE, REGION
 from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from xseg.config import ModelRecipe, find
+from xseg.config import ModelRecipe
 from xseg.data.collate import collate
 from xseg.encode import Encoder
 from xseg.errors import UserError
 from xseg.geometry.masks import on_canvas
 from xseg.geometry.views import ViewSizes
+from xseg.paths import find
 from xseg.tasks.refer_seg import LEAST
 from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
 from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks

@@ -8,12 +8,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from xseg.config import ModelRecipe, find
+from xseg.config import ModelRecipe
 from xseg.errors import UserError, did_you_mean
 from xseg.models import checkpoint
 from xseg.models.checkpoint import SHOWN, LoadReport
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
+from xseg.paths import find
 from xseg.tokens import SpecialIds
 
 FOLDER = "train_stages/models"

@@ -13,13 +13,13 @@ import yaml
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from xseg.config import find
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.models import adapters, pixel_decoder
 from xseg.models.build import build_config, location
 from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
+from xseg.paths import find
 from xseg.train import assemble, optim
 from xseg.train.stage import Stage, check_compiler, read_stage
 

@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xseg.config import (
-    FOLDERS,
-    Mixture,
-    ModelRecipe,
-    StageRecipe,
-    Suite,
-    decode,
-    find,
-    load_recipe,
-    merge,
-    read_yaml,
-)
+from xseg.config import FOLDERS, Mixture, ModelRecipe, StageRecipe, Suite, decode, load_recipe, merge, read_yaml
 from xseg.errors import UserError
+from xseg.paths import find
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def chat_command(
     """Talk about one image; masks are written as PNG and RLE."""
     from rich.console import Console
 
-    from xseg.config import default_model
+    from xseg.paths import default_model
     from xseg.ui.chat import chat
 
     chat(model or default_model(), image, say or [], out, Console(highlight=False))

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from xseg.config import DataRecipe, Mixture, decode, find, load_recipe, read_yaml
+from xseg.config import DataRecipe, Mixture, decode, load_recipe, read_yaml
 from xseg.data.build import Layout, build
 from xseg.data.convert import JSONL, RECIPE, convert
 from xseg.data.lint import lint
+from xseg.paths import find
 
 
 def run_convert(layout: str, source: Path, out: Path, images: Path | None, console: Console) -> None:

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xseg.config import FOLDERS, DataRecipe, ModelRecipe, StageRecipe, Suite, find, load_recipe
+from xseg.config import FOLDERS, DataRecipe, ModelRecipe, StageRecipe, Suite, load_recipe
 from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.infer.evaluate import write_json
+from xseg.paths import find
 from xseg.train.stage import check_compiler, read_stage
 from xseg.ui.scores import summary_table, table
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.errors import UserError
 from xseg.geometry.masks import area, read_id_map, rle_from_segmentation
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Sample, Size
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xseg.config import data_path
 from xseg.data.sources.semantic import SUFFIXES, read_label_map
 from xseg.errors import UserError
 from xseg.geometry.masks import encode
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Sample, Size
 
 VOID = 255

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.errors import UserError
 from xseg.geometry.masks import rle_from_segmentation
 from xseg.geometry.views import read_size
+from xseg.paths import data_path
 from xseg.tokens import P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 

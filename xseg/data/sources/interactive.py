@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, records, whole
 from xseg.data.sources.vgd import polygons, read_list, read_objects
 from xseg.errors import UserError
 from xseg.geometry.masks import area, decode, encode, rle_from_segmentation
 from xseg.geometry.prompts import KINDS, RADIUS, widen
+from xseg.paths import data_path
 from xseg.types import Categories, Sample, Size
 
 

@@ -34,13 +34,13 @@ from typing import Any
 
 import numpy as np
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, records, whole
 from xseg.data.sources.semantic import read_label_map
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import prompts as drawn
 from xseg.geometry.masks import encode, rle_from_segmentation, row_rle, to_json
 from xseg.geometry.views import read_size
+from xseg.paths import data_path
 from xseg.tokens import P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.errors import UserError
+from xseg.paths import data_path
 from xseg.tokens import IMAGE
 from xseg.types import Categories, Role, Sample, Turn
 

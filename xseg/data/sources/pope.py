@@ -4,9 +4,9 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records
 from xseg.errors import UserError
+from xseg.paths import data_path
 from xseg.tokens import IMAGE
 from xseg.types import Categories, Sample, Turn
 

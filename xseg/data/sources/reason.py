@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.errors import UserError
 from xseg.geometry.masks import encode
 from xseg.geometry.views import read_size
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size
 
 TARGET, IGNORED = 1, 255

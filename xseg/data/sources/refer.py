@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records
 from xseg.data.sources.coco import category_index, read_categories, read_images, slim_annotation
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry.masks import rle_from_segmentation
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Phrase, Sample
 
 Record = dict[str, Any]

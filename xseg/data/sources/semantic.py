@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xseg.config import data_path
 from xseg.data.sources.coco import clean_name
 from xseg.errors import UserError
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Sample, Size
 
 SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field
 from xseg.errors import UserError
+from xseg.paths import data_path
 from xseg.tokens import IMAGE
 from xseg.types import Categories, Sample, Turn
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xseg.config import data_path
 from xseg.data.records import Packed, field, read_records, records, whole
 from xseg.data.sources.coco import category_index, check_category, read_categories
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
 from xseg.geometry.prompts import KINDS
+from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Sample, Size
 
 Prompts = Callable[[Any, Size, str], dict[str, dict[str, Any]]]
