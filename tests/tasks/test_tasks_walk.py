@@ -178,7 +178,7 @@ def test_cross_image_prompts_lie_on_the_donors_picture(train: bool, encoder: Enc
         assert encoded.names == data.get(index).names, "drawn by (seed, epoch, index)"
         lent = [image for _, image in encoded.prompts]
         assert set(lent) <= {1, 2} and len(encoded.images) == 1 + len(set(lent)) == len(encoded.names)
-        assert encoded.names[0] == str(data.sample(index).images[0]) and len(set(encoded.names)) == len(encoded.names)
+        assert encoded.names[0] == f"{data.sample(index).key}#0" and len(set(encoded.names)) == len(encoded.names)
         assert encoded.text is not None and len(encoded.text.images) == 1
     batch = collate([data.get(i) for i in range(SAMPLES)])
     assert (batch.prompt_image != batch.query_image[batch.region_position[:, 0]]).all()

@@ -17,7 +17,15 @@ SMALL = (
     "2, num_attention_heads: 2, num_key_value_heads: 2}, segmentor: {width: 32, connector_width: 32, connector_layers: "
     "[1, 1, 2], num_queries: 12, decoder_layers: 2, heads: 2, ffn: 64, pixel_classifier: true}}"
 )
-COMMON = ["model=scratch", "num_workers=0", "precision=fp32", "schedule.warmup=0", "batch_size=2", "save_every=2"]
+COMMON = [
+    "model=scratch",
+    "watch=null",
+    "num_workers=0",
+    "precision=fp32",
+    "schedule.warmup=0",
+    "batch_size=2",
+    "save_every=2",
+]
 SAMPLED = ("loss.points=sampled", "loss.num_points=64")
 
 

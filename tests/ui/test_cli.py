@@ -105,7 +105,7 @@ def test_what_chat_refuses_leaves_nothing_behind(
     broken.write_bytes(image.read_bytes()[:600])
     done = xseg("chat", "--model", model, "--image", broken, *say)
     assert done.returncode == 2 and "broken.jpg" in done.stderr and "Traceback" not in done.stderr
-    refused("xseg_processor.json", "chat", "--model", tmp_path, "--image", image, *say)
+    refused("config.json", "chat", "--model", tmp_path, "--image", image, *say)
     refused("no image", "chat", "--model", model, *say)
     assert not out.exists()
 

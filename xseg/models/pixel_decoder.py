@@ -107,7 +107,11 @@ def reference_points(shapes: Sequence[tuple[int, int]], device: torch.device) ->
 
 
 class FpnPixelDecoder(nn.Module):
-    """Top-down convolutions only: half the cost of deformable attention on a CPU, for small models."""
+    """Top-down convolutions only: half the cost of deformable attention on a CPU, for small models.
+
+    Each level is told where its cells lie. Small image encoders forget it, and queries that cannot tell where they are
+    cannot be told apart by a place.
+    """
 
     def __init__(self, config: SegmentorConfig, channels: Sequence[int]) -> None:
         super().__init__()
@@ -121,6 +125,7 @@ class FpnPixelDecoder(nn.Module):
         out: list[Tensor] = []
         for lateral, output, x in zip(self.laterals, self.outputs, reversed(features), strict=True):
             x = lateral(x)
+            x = x + positions(x.shape[1], x).transpose(1, 2).unflatten(2, x.shape[-2:])
             if out:
                 x = x + F.interpolate(out[-1], size=x.shape[-2:], mode="nearest")
             out.append(F.relu(output(x)))
