@@ -167,6 +167,18 @@ def test_normed_rows_do_not_depend_on_the_size_of_what_the_encoders_give() -> No
     assert not torch.allclose(*rows)
 
 
+@torch.no_grad()
+def test_the_gain_of_seg_moves_nothing_but_the_seg_vectors() -> None:
+    one, found = kinds()["phrases"], []
+    for gain in (1.0, 4.0):
+        made = model(seg_gain=gain).eval()
+        layout, hidden = made.read(one, made.encode_images(one.llm_pixels, one.mask_pixels))
+        found.append(made.vectors(one, layout, hidden))
+    (seg, concepts, real), (louder, same, also) = found
+    assert torch.allclose(louder, 4 * seg) and seg.abs().max() > 0
+    assert torch.equal(concepts, same) and torch.equal(real, also)
+
+
 def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
     made = model(llm_sees=["siglip"], connector="none", mask_decoder="sam").eval()
     checkpoint.save(made, tmp_path / "new")
@@ -182,6 +194,7 @@ def test_choices_are_saved_and_absent_ones_are_todays(tmp_path: Path) -> None:
         stored["llm_rows"],
         stored["llm_normed_rows"],
         stored["segmentor_config"]["connector"],
+        stored["segmentor_config"]["seg_gain"],
         stored["segmentor_config"]["mask_decoder"],
     )
     path.write_text(json.dumps(stored))

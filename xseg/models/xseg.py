@@ -186,7 +186,7 @@ class XSegModel(PreTrainedModel):
                 place, real = layout.spans(batch.concept_span)
                 rows.append(hidden[batch.concept_span[:, :1], place].flatten(0, 1))
             projected = self.llm_projector(torch.cat(rows))
-            seg = projected[: len(sample)] * (batch.seg_position[:, :1] >= 0)
+            seg = projected[: len(sample)] * (batch.seg_position[:, :1] >= 0) * self.config.segmentor_config.seg_gain
             if len(batch.concept_span):
                 states = projected[len(sample) :].float().unflatten(0, real.shape) * real[..., None]
                 concepts = states.sum(1) / real.sum(1, keepdim=True)
