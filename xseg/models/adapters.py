@@ -120,7 +120,7 @@ def check(model: XSegModel, given: Adapters) -> None:
     """Raise UserError for adapters that would learn nothing, and where the library for 4 bits is missing."""
     check_learns(model, given)
     if any(adapter.quantize for adapter in given.values()):
-        quantize.library()
+        quantize.installed()
 
 
 def check_loaded(model: XSegModel, given: Adapters, reports: Sequence[LoadReport]) -> None:

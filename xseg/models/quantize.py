@@ -12,7 +12,7 @@ from xseg.errors import UserError
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
 
 
-def library() -> Any:
+def installed() -> Any:
     """bitsandbytes. Raises UserError where it is not installed."""
     try:
         return importlib.import_module("bitsandbytes")
@@ -28,7 +28,7 @@ def to_four_bits(module: nn.Module, names: Collection[str]) -> None:
     On an accelerator they are rounded when they are moved there, else at once. Sets ``is_loaded_in_4bit``, by which
     peft knows such parts.
     """
-    nn4 = library().nn
+    nn4 = installed().nn
     for name in names:
         old = module.get_submodule(name)
         assert isinstance(old, nn.Linear)
@@ -55,7 +55,7 @@ def restored(layer: Any) -> Any:
     """A linear layer with the float32 weight that a 4-bit one stands for; any other layer as it is."""
     if not is_coarse(layer):
         return layer
-    weight: Tensor = library().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    weight: Tensor = installed().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     out, columns = weight.shape
     with torch.device("meta"):
         new = nn.Linear(columns, out, bias=layer.bias is not None)
