@@ -51,7 +51,7 @@ class SegmentorConfig(PreTrainedConfig):
     ffn: int = 2048
     seg_gain: float = 1.0
     """Factor on the ``<SEG>`` vector before it is added to the object queries; X-SAM has none. Learnt queries are a few
-    times as long as a new projector's vectors, and what a small model is not told loudly it takes long to hear."""
+    times as long as the vectors of a new projector, which a small decoder then takes long to hear."""
     head: str = "concepts"
     """"concepts" (cosine to concept vectors and a background vector) or "labels" (linear, stage 1)."""
     num_labels: int = 0
