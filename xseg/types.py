@@ -82,7 +82,8 @@ class Phrase:
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
     explanation: str = ""
-    """Why these instances are meant, in a sentence that an answer may give before its mask (ReasonSeg); "" = none."""
+    """Words that an answer may give with its mask, in training alone: why these instances are meant, before it
+    (ReasonSeg), or where they are, behind it (refer_seg); "" = none."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,14 @@ def test_every_sentence_once_grouped_by_image(tmp_path: Path) -> None:
     assert len({s.key for s in samples}) == 2 and samples[0].key == "refer/train/7-0"
 
 
+def test_a_sentence_may_have_a_kind_and_an_explanation(tmp_path: Path) -> None:
+    told = ref(1, 70, "the left")
+    told["sentences"][0] |= {"kind": "place", "explanation": "a1."}
+    write(tmp_path, [told, ref(2, 71, "the right")])
+    (sample,) = load_source("refer", tmp_path, "train", OPTIONS)
+    assert [(p.kind, p.explanation) for p in sample.phrases] == [("place", "a1."), ("", "")]
+
+
 def test_evaluation_has_one_sample_per_object_and_sentence(tmp_path: Path) -> None:
     refs = [ref(1, 70, "A cat", "a cat ", "cat", split="val"), ref(2, 71, "cat", split="val"), ref(3, 70, "x")]
     write(tmp_path, refs)

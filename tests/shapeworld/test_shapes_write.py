@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 
 from xseg import config
 from xseg.data.shapeworld import write as writing
+from xseg.data.shapeworld.board import square
 from xseg.data.shapeworld.draw import draw
 from xseg.data.shapeworld.world import HELD_OUT_SHAPES, SEEN_SHAPES, split_scene
 from xseg.data.shapeworld.write import write, write_splits
@@ -75,13 +76,16 @@ def test_references_name_the_right_masks(root: Path) -> None:
         kinds.update(s["kind"] for s in row["sentences"])
         nothing = {s["kind"] == "no-target" for s in row["sentences"]}
         assert nothing == {row["ann_id"] == []}
+        told = {s["explanation"] for s in row["sentences"]}
+        if not row["ann_id"]:
+            assert told == {"nowhere."}
         if row["ann_id"]:
             target = objects[row["ann_id"]]
             assert (target["image_id"], target["category_id"]) == (row["image_id"], row["category_id"])
             words = {w for s in row["sentences"] if s["kind"] == "attribute" for w in s["tokens"]} & set(SEEN_SHAPES)
             scene = split_scene(5, "train", row["image_id"] - 1, side=64)
             thing = (target["id"] - 1) % 100
-            assert words <= {scene.things[thing].shape}
+            assert words <= {scene.things[thing].shape} and told == {f"{square(scene.things[thing])}."}
             assert np.array_equal(decode(from_json(target["segmentation"])), scene.visible(thing))
     assert set(kinds) == {"attribute", "ordinal", "relation", "no-target"}
 

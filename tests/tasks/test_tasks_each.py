@@ -13,6 +13,7 @@ from xseg import postprocess
 from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.tasks import conversation, generic_seg, refer_seg
+from xseg.tokens import SEG
 from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn, ViewGeometry
 
 
@@ -129,6 +130,19 @@ def test_phrases_are_turns_of_their_own_in_lower_case() -> None:
         (1, (1,), (1,), (0,)),
         (2, (2,), (), ()),
     ]
+
+
+def test_an_explanation_is_said_behind_the_mask_in_training_alone() -> None:
+    sample = refer_seg.Task.example()
+    told = dataclasses.replace(sample.phrases[0], explanation="b2.")
+    sample = dataclasses.replace(sample, phrases=(told, sample.phrases[1]))
+    for seed in range(8):
+        turns = refer_seg.Task().format(sample, rng(seed), train=True).turns
+        answers = {spans(q.text)[0]: a.text for q, a in zip(turns[::2], turns[1::2], strict=True)}
+        assert answers["the left circle"].endswith(f"{SEG} b2.")
+        assert answers["the right circle"].endswith(f"{SEG}.")
+    for turn in refer_seg.Task().format(sample, rng(0), train=False).turns:
+        assert "b2" not in turn.text
 
 
 def test_batch_negatives_only_in_training() -> None:

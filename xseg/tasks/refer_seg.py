@@ -65,7 +65,10 @@ class Task(base.Base):
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
     ) -> Formatted:
-        """Ask for each phrase in its own turn; all instances of a phrase are targets, and there may be none."""
+        """Ask for each phrase in its own turn; all instances of a phrase are targets, and there may be none.
+
+        In training an explanation stands behind the mask, which cannot wait for words that evaluation does not give.
+        """
         if not sample.phrases:
             raise UserError(f"{sample.key}: task refer_seg needs phrases, this sample has none; check its source")
         turns: list[Turn] = []
@@ -73,7 +76,7 @@ class Task(base.Base):
         for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
             head = "" if turns else f"{IMAGE}\n"
             question = phrasing.pick(phrasing.PHRASE, rng, train).format(phrase=phrasing.span(phrase.text.lower()))
-            turns += [Turn("user", head + question), Turn("assistant", phrasing.pick(phrasing.ANSWER, rng, train))]
+            turns += [Turn("user", head + question), Turn("assistant", _answer(phrase, rng, train))]
             queries.append(query(k, sample, phrase, self.negatives if train else "own"))
         return Formatted(tuple(turns), tuple(queries))
 
@@ -112,6 +115,11 @@ class Task(base.Base):
         image = Image.fromarray((id_map[..., None] * [90, 50, 20]).astype(np.uint8))
         instances = (Instance(0, -1, id=1), Instance(1, -1, id=2))
         return Sample("example/refer", (image,), (8, 12), masks, instances, phrases=phrases, image_id=1)
+
+
+def _answer(phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
+    answer = phrasing.pick(phrasing.ANSWER, rng, train)
+    return f"{answer.removesuffix('.')} {phrase.explanation}" if train and phrase.explanation else answer
 
 
 def drawn(phrases: Sequence[Phrase], most: int, rng: np.random.Generator) -> list[Phrase]:

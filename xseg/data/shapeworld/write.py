@@ -5,7 +5,8 @@
     images/000000000001.png     RGB pictures; the number is the image id: its place in the split, from 1
     panoptic.json  panoptic/    COCO panoptic: one record per image, PNGs with id = R + 256 G + 65536 B
     instances.json              COCO instances: visible masks as compressed RLE
-    refs.json                   RefCOCO's records; "ann_id" is [] where nothing is meant, a sentence has its "kind"
+    refs.json                   RefCOCO's records; "ann_id" is [] where nothing is meant, a sentence has its "kind" and,
+                                as "explanation", the square it means
     talk.json                   LLaVA conversations; "question_type" is that of the last question. In training
                                 questions for places are among them, as in LLaVA's mixture
     captions.json               LLaVA conversations of descriptions, four an image
@@ -25,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from xseg.data.shapeworld.board import NOWHERE, square
 from xseg.data.shapeworld.draw import PAINT, draw
 from xseg.data.shapeworld.language import descriptions, expressions
 from xseg.data.shapeworld.questions import Question, places, questions
@@ -33,7 +35,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json, write_id_map
 from xseg.tokens import IMAGE
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same arguments give other files than before."""
 MARKER = "shapeworld.json"
 EXPRESSIONS, QUESTIONS, PLACES = 6, 6, 5
@@ -248,6 +250,7 @@ def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generat
             "raw": expression.text,
             "tokens": expression.text.split(),
             "kind": expression.kind,
+            "explanation": f"{square(scene.things[expression.things[0]]) if expression.things else NOWHERE}.",
         }
         files.sentences += 1
         # a reference without things has a group of its own: -1, -2, …

@@ -26,7 +26,8 @@ class Source:
     8 a sample, every (object, sentence) once, different objects first. "sentence" (default elsewhere): one sample per
     object and unique lower-cased sentence, the protocol X-SAM reports. "reference": all sentences of one reference are
     a sample, for the task's option ``sentences: merged`` (PSALM's protocol). A reference may name several objects or,
-    with an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys.
+    with an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys. Beyond the
+    release, a sentence may have a "kind", for break-downs, and an "explanation", said behind its mask in training.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ def _phrases_by_image(refs: list[Record], catalogue: _Catalogue, where: str) -> 
             seen.add((image, objects, text))
             phrase_id = f"{ref['ref_id']}:{sentence.get('sent_id', number)}"
             phrase = {"text": text, "objects": objects, "id": phrase_id, "kind": sentence.get("kind", kind)}
-            out.setdefault(image, []).append(phrase)
+            out.setdefault(image, []).append({**phrase, "explanation": sentence.get("explanation", "")})
     return out
 
 
@@ -176,13 +177,8 @@ def _different_objects_first(phrases: Sequence[Record]) -> list[Record]:
 
 def _record(part: list[Record], name: str, image: Record, annotations: Mapping[Any, Record]) -> Record:
     rows = {key: row for row, key in enumerate(dict.fromkeys(key for phrase in part for key in phrase["objects"]))}
-    phrases = [
-        {
-            "text": phrase["text"],
-            "instances": tuple(rows[key] for key in phrase["objects"]),
-            "id": phrase["id"],
-            "kind": phrase["kind"],
-        }
-        for phrase in part
-    ]
+    phrases = []
+    for phrase in part:
+        kept = {key: value for key, value in phrase.items() if key != "objects"}
+        phrases.append({**kept, "instances": tuple(rows[key] for key in phrase["objects"])})
     return {"image": image, "part": name, "annotations": [annotations[key] for key in rows], "phrases": phrases}
