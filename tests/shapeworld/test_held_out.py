@@ -124,8 +124,8 @@ def test_texts_of_phi_hold_no_pair(parts):
     for number in range(SPLITS["parts"][0], SPLITS["parts"][0] + 400):
         world, rng = phi.scene(number), np.random.default_rng(number)
         assert not looks(world) & set(HELD_OUT_PAIRS)
-        for draw in (phi.look_ups, phi.everything, phi.conversation):
-            said = " ".join(line for pair in draw(world, rng) for line in pair)
+        for draw in (phi.look_ups, phi.everything, phi.grounds, phi.conversation):
+            said = " | ".join(line for pair in draw(world, rng) for line in pair)
             assert not PAIR.search(said), said
         shapes |= set(SHAPE.findall(said))
     assert shapes == set(HELD_OUT_SHAPES), "the scan sees held-out shapes where they may be, so it looks at real texts"

@@ -162,8 +162,12 @@ def test_other_wrong_input(tmp_path: Path, refused: Callable[..., None]) -> None
 
 def test_shapes_show_and_eval(model: Path, tmp_path: Path) -> None:
     shapes = tmp_path / "data/shapes"
-    done = xseg("data", "shapes", "--out", shapes, "--images", 3, "--val-images", 2, "--size", 64)
+    size = ("--images", 3, "--val-images", 2, "--size", 64)
+    done = xseg("data", "shapes", "--out", shapes, *size, "--tasks", 2, "--workers", 2)
     assert done.returncode == 0, done.stderr
+    assert {p.name for p in shapes.iterdir()} == {"train", "val", "val_open", "overfit", "clips"}
+    done = xseg("data", "show", "shapes/reason_val", "-n", 1, "--root", tmp_path / "data", "--out", tmp_path / "riddle")
+    assert done.returncode == 0 and "<SEG>" in done.stdout, done.stderr
     done = xseg("data", "show", "shapes/refer_train", "-n", 1, "--root", tmp_path / "data", "--out", tmp_path / "show")
     assert done.returncode == 0 and "<SEG>" in done.stdout and "query 0" in done.stdout, done.stderr
     [picture] = (tmp_path / "show").iterdir()
