@@ -6,7 +6,8 @@ counting, order and relations are learnt before any pixel. Scenes: seed 3 of the
 half of them hold a held-out shape, none a held-out pair.
 
 It learns in three parts. First to look up, nothing else: which thing, which square. Mixed with everything else from
-the start, this takes many times as long to appear. Then everything in short lines, then everything as conversations.
+the start, this takes many times as long to appear. Then everything in short lines, then everything as conversations;
+late, lines come back for a while, half of them about the grounds.
 """
 
 from collections.abc import Sequence
@@ -54,9 +55,11 @@ from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=7500, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
+PLAN = Plan(steps=9000, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
 LOOKS, LINES = 1000, 3500
 """Steps after which more is asked than look-ups, and after which lines become conversations."""
+GROUNDS_FROM, GROUNDS_TO = 7500, 8100
+"""Between these steps lines about the grounds come back: whether one is there stays at chance without them."""
 MIXED = 3
 """After ``LINES`` every third step stays one of lines."""
 HARD = ("relation", "ground")
@@ -92,10 +95,7 @@ def scene(number: int) -> Scene:
 
 
 def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
-    """Draw 16 look-ups: from words to a square, from a square to words, and to every square that some words fit.
-
-    Of a ground the first bare square is asked for. Whether there is any stays at chance all the same.
-    """
+    """Draw 16 look-ups: from words to a square, from a square to words, and to every square that some words fit."""
     nouns, out = nouns_of(world), Pairs()
     while len(out) < 16:
         thing = world.things[int(rng.integers(len(world.things)))]
@@ -107,18 +107,26 @@ def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
         elif way == 2:
             out += _told(world, nouns, "attribute", rng)
         elif way == 3:
-            out.append(bare(world, rng))
+            out.append(ground(world, rng))
         else:
             noun, places = filtered(world, rng)
             out.append((f"every {noun}", places))
     return out
 
 
-def bare(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Draw a ground; return its name and its first bare square, or that it is nowhere."""
+def ground(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Return which grounds there are, in the order of the alphabet, or of one of them whether it is bare or nowhere."""
+    if rng.random() < 0.5:
+        return "picture", " ".join(sorted(world.ground.names))
     name = str(rng.choice(GROUNDS))
-    told = board(world)
-    return name, SQUARES[told.index((name, BARE))] if (name, BARE) in told else NOWHERE
+    return name, BARE if name in world.ground.names else NOWHERE
+
+
+def grounds(world: Scene, rng: np.random.Generator) -> Pairs:
+    """Draw lines of every kind, about half of them about the grounds."""
+    found = [ground(world, rng) for _ in range(4)] + everything(world, rng)[:8]
+    found += [(q.text, q.answer) for q in questions(world, rng, 2, ("ground",))]
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def _look(thing: Thing) -> Noun:
@@ -151,7 +159,7 @@ def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
 def everything(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw lines of every kind: look-ups, expressions and questions."""
     found = look_ups(world, rng)[:4] + [(e.text, _place(world, e.things)) for e in expressions(world, rng, 6)]
-    found += [bare(world, rng), bare(world, rng)]
+    found += [ground(world, rng), ground(world, rng)]
     found += _asked(world, rng)
     return [found[i] for i in rng.permutation(len(found))]
 
@@ -240,8 +248,8 @@ class Texts:
         for k in range(rank, BATCH, world):
             number = SPLITS["parts"][0] + step * BATCH + k
             world, rng = scene(number), np.random.default_rng([SEED, number, 1])
-            if step < LINES or step % MIXED == 0:
-                ask = look_ups if step < LOOKS else everything
+            ask = grounds if GROUNDS_FROM <= step < GROUNDS_TO else everything if step >= LOOKS else look_ups
+            if step < LINES or step % MIXED == 0 or ask is grounds:
                 rows.append(self.lines(world, ask(world, rng), step % 2 == 1))
             else:
                 rows.append(self.chat(world, conversation(world, rng), step % 2 == 1))
@@ -358,7 +366,8 @@ square of what an expression refers to, to answer questions and to describe.
 
 Made by `make parts`: @STEPS steps of {BATCH} boards, learning rate {PLAN.lr}, a moving average of the weights is kept.
 The first {LOOKS} steps are look-ups alone (which thing, which square), up to {LINES} short lines of every kind follow,
-then conversations, with lines every third step. The weights are bf16 safetensors in
+then conversations, with lines every third step; from {GROUNDS_FROM} to {GROUNDS_TO} half of all lines are about the
+grounds, and nothing else comes. The weights are bf16 safetensors in
 transformers' layout. Apache-2.0, generated data. Figures hold for ShapeWorld and nothing else.
 
 ## What it can do
