@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from xseg.data.shapeworld.board import MOST, SQUARES, board
+from xseg.data.shapeworld.board import BARE, SQUARES, board
 from xseg.data.shapeworld.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, split_scene
 from xseg.geometry.views import IMAGENET_MEAN, IMAGENET_STD
 from xseg.models import checkpoint
@@ -38,10 +38,9 @@ SPLIT = [len(values) for values in FIELDS.values()]
 def truth(split: str, number: int) -> list[list[int]]:
     """Return (36, 5) indices into the values of FIELDS."""
     rows = []
-    for words in board(split_scene(SEED, split, number, side=SIDE)):
-        thing, centre = len(words) > 2, len(words) == MOST
-        told = (words[2], words[1], words[0]) if thing else (words[0], "", "")
-        told = (*told, *(words[:-3:-1] if centre else ("", "")))
+    for first, *words, name in board(split_scene(SEED, split, number, side=SIDE)):
+        told = (words[0], "", "") if first == BARE else (words[2], words[0], words[1])
+        told = (*told, *((first, name) if first in SIZES else ("", "")))
         rows.append([values.index(word) for values, word in zip(FIELDS.values(), told, strict=True)])
     return rows
 

@@ -55,7 +55,7 @@ from xseg.tokens import IGNORE_LABEL, IMAGE, SEG, SENTINELS, add_special_tokens
 from xseg.types import Turn
 
 SEED, SIDE, BATCH = 3, 48, 16
-PLAN = Plan(steps=9000, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
+PLAN = Plan(steps=10100, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
 LOOKS, LINES = 1000, 3500
 """Steps after which more is asked than look-ups, and after which lines become conversations."""
 GROUNDS_FROM, GROUNDS_TO = 7500, 8100
@@ -96,12 +96,13 @@ def scene(number: int) -> Scene:
 
 def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw 16 look-ups: from words to a square, from a square to words, and to every square that some words fit."""
-    nouns, out = nouns_of(world), Pairs()
+    nouns, out, told = nouns_of(world), Pairs(), board(world)
     while len(out) < 16:
         thing = world.things[int(rng.integers(len(world.things)))]
         way = rng.integers(5)
         if way == 0:
-            out.append((square(thing), _look(thing).text()))
+            *words, name = told[int(rng.integers(len(told)))]
+            out.append((name, " ".join(words)))
         elif way == 1 and len(nouns[_look(thing)]) == 1:
             out.append((f"the {_look(thing).text()}", square(thing)))
         elif way == 2:
@@ -165,13 +166,13 @@ def everything(world: Scene, rng: np.random.Generator) -> Pairs:
 
 
 def _asked(world: Scene, rng: np.random.Generator) -> Pairs:
-    asked = [*questions(world, rng, 6), *questions(world, rng, 5, HARD)]
+    asked = [*questions(world, rng, 6), *questions(world, rng, 5, HARD), *questions(world, rng, 2, HARD[1:])]
     return [(q.text, q.answer) for q in asked]
 
 
 def conversation(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw what a user asks: descriptions, or questions and requests for masks."""
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         found = descriptions(world, rng)
     else:
         found = _asked(world, rng)

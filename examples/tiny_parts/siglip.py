@@ -36,7 +36,7 @@ from xseg.data.shapeworld.world import (
 )
 
 SEED, SIDE, PICTURES, CAPTIONS = 2, 96, 32, 4
-PLAN = Plan(steps=11000, lr=2e-3, seed=SEED, muon=1.0)
+PLAN = Plan(steps=12000, lr=2e-3, seed=SEED, muon=1.0)
 HELD_OUT = SPLITS["parts"][0] + (1 << 23)
 """First scene of the held-out ones; the training stays below."""
 VOCABULARIES = (SIZES, COLOURS, TEXTURES, SHAPES, SQUARES)

@@ -3,9 +3,9 @@
 import numpy as np
 
 from xseg.data.shapeworld.board import BARE, COVERED, MOST, NOWHERE, SIDE, SQUARES, board, square
-from xseg.data.shapeworld.language import descriptions, expressions
+from xseg.data.shapeworld.language import READ, descriptions, expressions
 from xseg.data.shapeworld.questions import places
-from xseg.data.shapeworld.world import split_scene
+from xseg.data.shapeworld.world import SIZES, split_scene
 
 
 def scenes():
@@ -13,7 +13,7 @@ def scenes():
 
 
 def look(thing):
-    return thing.texture, thing.colour, thing.shape
+    return thing.colour, thing.texture, thing.shape
 
 
 def test_a_board_names_every_thing_once_where_it_stands():
@@ -21,23 +21,24 @@ def test_a_board_names_every_thing_once_where_it_stands():
         told = board(scene)
         assert len(told) == 36
         assert max(map(len, told)) <= MOST
-        assert {words[3] for words in told if len(words) == MOST} == {square(t) for t in scene.things}
+        assert tuple(words[-1] for words in told) == SQUARES
+        assert {words[-1] for words in told if words[0] in SIZES} == {square(t) for t in scene.things}
         for thing in scene.things:
             if sum(square(t) == square(thing) for t in scene.things) == 1:
-                assert told[SQUARES.index(square(thing))] == (*look(thing), square(thing), thing.size)
+                assert told[SQUARES.index(square(thing))] == (thing.size, *look(thing), square(thing))
 
 
 def test_a_square_without_a_centre_shows_what_most_of_it_belongs_to():
     for scene in scenes():
         step = scene.side // SIDE
         for place, words in enumerate(board(scene)):
-            if words[-1] in (COVERED, BARE):
+            if words[0] in (COVERED, BARE):
                 row, column = divmod(place, SIDE)
                 cell = scene.owner[row * step : (row + 1) * step, column * step : (column + 1) * step]
                 owner = np.bincount(cell.ravel()).argmax()
                 looks = [*((name,) for name in scene.ground.names), *map(look, scene.things)]
-                assert words[:-1] == looks[owner - 1]
-                assert (words[-1] == COVERED) == (owner > len(scene.ground.names))
+                assert words[1:-1] == looks[owner - 1]
+                assert (words[0] == COVERED) == (owner > len(scene.ground.names))
 
 
 def test_places_are_the_squares_of_what_is_asked_for():
@@ -64,3 +65,7 @@ def test_descriptions_name_every_thing_in_the_order_they_promise():
             assert [w for w in words if w in said] == said
         for thing in scene.things:
             assert f"{thing.colour} {thing.texture} {thing.shape} at {square(thing)}" in answers["Where is everything?"]
+        told = {words[-1]: words[:-1] for words in board(scene)}
+        read = [part.split() for part in answers["What is on some squares?"].removesuffix(".").split(", ")]
+        assert len({name for name, *_ in read}) == READ
+        assert all(told[name] == tuple(words) for name, *words in read)

@@ -108,7 +108,7 @@ def test_recipes_read_what_is_written(root: Path, name: str) -> None:
             assert dense(sample.masks).any(axis=(1, 2)).all()
         if recipe.source == "llava":
             # six short answers and at most five places; equal expressions are asked once
-            whole = {"shapes_talk": range(14, 23) if recipe.split == "train" else (2,), "shapes_captions": (8,)}
+            whole = {"shapes_talk": range(14, 23) if recipe.split == "train" else (2,), "shapes_captions": (10,)}
             assert len(sample.turns) in whole[recipe.options["name"]]
             assert sample.kind
 

@@ -19,6 +19,8 @@ TEXT = 6.6
 """Width of a letter at 12 px, on the wide side."""
 ROW = 16
 """Height of a line of text."""
+TINY = 1e-300
+"""Differences below this have no logarithm to speak of; values that near are one."""
 RAW_LIMIT = 400
 """Most points of a line that are drawn."""
 
@@ -92,8 +94,8 @@ def draw(plot: Plot, *, alone: bool = False) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round numbers that span ``low`` to ``high``, the outer ones at or beyond them."""
-    if not high > low:
-        spread = abs(low) or 1.0
+    if not high - low > TINY:
+        spread = abs(low) if abs(low) > TINY else 1.0
         low, high = low - spread / 2, high + spread / 2
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))

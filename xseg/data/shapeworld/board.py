@@ -27,23 +27,21 @@ def square(thing: Thing) -> str:
 def board(scene: Scene) -> list[tuple[str, ...]]:
     """Return the words of the 36 squares, row by row.
 
-    A square tells the look of the thing whose centre it holds (the nearer of two), with its size and the name of the
-    square; else of the thing that most of it belongs to, and that it is covered; else its ground, and that it is bare.
-    The scene's side must be a multiple of 6 pixels.
+    A square tells the look of the thing whose centre it holds (the nearer of two), with its size; else of the thing
+    that most of it belongs to, and that it is covered; else its ground, and that it is bare. Its name comes last.
     """
-    step, grounds = scene.side // SIDE, len(scene.ground.names)
-    cells = scene.owner.reshape(SIDE, step, SIDE, step).swapaxes(1, 2).reshape(SIDE * SIDE, -1)
-    out: list[tuple[str, ...]] = []
-    for most in (int(np.bincount(cell).argmax()) for cell in cells):
-        bare = most <= grounds
-        out.append(
-            (scene.ground.names[most - 1], BARE) if bare else (*_look(scene.things[most - grounds - 1]), COVERED)
-        )
+    edges, grounds = np.arange(SIDE + 1) * scene.side // SIDE, len(scene.ground.names)
+    out: dict[str, tuple[str, ...]] = {}
+    for place, name in enumerate(SQUARES):
+        row, column = divmod(place, SIDE)
+        cell = scene.owner[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
+        most = int(np.bincount(cell.ravel()).argmax()) - 1
+        bare = most < grounds
+        out[name] = (BARE, scene.ground.names[most]) if bare else (COVERED, *_look(scene.things[most - grounds]))
     for thing in scene.things:
-        name = square(thing)
-        out[SQUARES.index(name)] = (*_look(thing), name, thing.size)
-    return out
+        out[square(thing)] = (thing.size, *_look(thing))
+    return [(*words, name) for name, words in out.items()]
 
 
 def _look(thing: Thing) -> tuple[str, str, str]:
-    return thing.texture, thing.colour, thing.shape
+    return thing.colour, thing.texture, thing.shape

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from xseg.data.shapeworld.board import SQUARES, square
+from xseg.data.shapeworld.board import BARE, SQUARES, board, square
 from xseg.data.shapeworld.world import (
     COLOURS,
     GROUNDS,
@@ -36,6 +36,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ATTRIBUTES = ("size", "colour", "texture", "shape")
 TRIES = 20
+READ = 8
+"""Squares whose words a description gives."""
 GAP = 0.06
 """Least difference of two centres, as a part of the side, that is called an order or a relation."""
 SLOPE = 0.6
@@ -298,7 +300,9 @@ def looks(scene: Scene, rng: np.random.Generator) -> list[tuple[str, tuple[int, 
 
 
 def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Return four questions that ask for a description, with their answers: a caption, two orders and the places."""
+    """Return five questions that ask for a description, with their answers: a caption, two orders, the places, and
+    what some squares hold.
+    """
     across, down = (sorted(scene.things, key=lambda t: t.centre[axis]) for axis in (0, 1))
     places = sorted(scene.things, key=lambda t: SQUARES.index(square(t)))
     return [
@@ -306,7 +310,17 @@ def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]
         ("Name everything from left to right.", f"{listed([_full(t) for t in across])}."),
         ("Name everything from top to bottom.", f"{listed([_full(t) for t in down])}."),
         ("Where is everything?", f"{listed([f'{_full(t)} at {square(t)}' for t in places])}."),
+        ("What is on some squares?", f"{', '.join(_read(scene, rng.spawn(1)[0]))}."),
     ]
+
+
+def _read(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """The words of ``READ`` squares, half of the time one that shows a thing."""
+    told = board(scene)
+    shown = np.array([words[0] != BARE for words in told])
+    share = np.where(shown, 1 / shown.sum(), 1 / (~shown).sum())
+    chosen = rng.choice(len(told), READ, replace=False, p=share / share.sum())
+    return [" ".join((told[k][-1], *told[k][:-1])) for k in chosen]
 
 
 def _full(thing: Thing) -> str:

@@ -9,7 +9,7 @@
                                 as "explanation", the square it means
     talk.json                   LLaVA conversations; "question_type" is that of the last question. In training
                                 questions for places are among them, as in LLaVA's mixture
-    captions.json               LLaVA conversations of descriptions, four an image
+    captions.json               LLaVA conversations of descriptions, five an image
     shapeworld.json             what the folder was made from
 
 A folder appears whole or not at all.
@@ -35,7 +35,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json, write_id_map
 from xseg.tokens import IMAGE
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the same arguments give other files than before."""
 MARKER = "shapeworld.json"
 EXPRESSIONS, QUESTIONS, PLACES = 6, 6, 5
