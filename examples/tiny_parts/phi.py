@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from xseg.data.shapeworld import tokenizer as words
-from xseg.data.shapeworld.board import BARE, COVERED, MOST, NOWHERE, SQUARES, board, square
+from xseg.data.shapeworld.board import BARE, COVERED, MOST, NOWHERE, SQUARES, board, place_of, square
 from xseg.data.shapeworld.language import (
     ATTRIBUTES,
     Kind,
@@ -136,11 +136,7 @@ def _look(thing: Thing) -> Noun:
 
 def _told(world: Scene, nouns: Nouns, kind: Kind, rng: np.random.Generator) -> Pairs:
     found = draw_expression(world, nouns, kind, rng)
-    return [] if found is None else [(found.text, _place(world, found.things))]
-
-
-def _place(world: Scene, things: Sequence[int]) -> str:
-    return square(world.things[things[0]]) if things else NOWHERE
+    return [] if found is None else [(found.text, place_of(world, found.things))]
 
 
 def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -159,14 +155,14 @@ def filtered(world: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 def everything(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw lines of every kind: look-ups, expressions and questions."""
-    found = look_ups(world, rng)[:4] + [(e.text, _place(world, e.things)) for e in expressions(world, rng, 6)]
+    found = look_ups(world, rng)[:4] + [(e.text, place_of(world, e.things)) for e in expressions(world, rng, 6)]
     found += [ground(world, rng), ground(world, rng)]
     found += _asked(world, rng)
     return [found[i] for i in rng.permutation(len(found))]
 
 
 def _asked(world: Scene, rng: np.random.Generator) -> Pairs:
-    asked = [*questions(world, rng, 6), *questions(world, rng, 5, HARD), *questions(world, rng, 2, HARD[1:])]
+    asked = [*questions(world, rng, 6), *questions(world, rng, 5, HARD), *questions(world, rng, 2, ("ground",))]
     return [(q.text, q.answer) for q in asked]
 
 
@@ -176,7 +172,7 @@ def conversation(world: Scene, rng: np.random.Generator) -> Pairs:
         found = descriptions(world, rng)
     else:
         found = _asked(world, rng)
-        found += [refer(e.text, _place(world, e.things), rng) for e in expressions(world, rng, 5)]
+        found += [refer(e.text, place_of(world, e.things), rng) for e in expressions(world, rng, 5)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
@@ -300,11 +296,11 @@ class Check:
                 self._add(f"QA {q.type}", texts.chat(world, [(q.text, q.answer)]))
                 self._add("lines QA", texts.lines(world, [(q.text, q.answer)]))
             for e in expressions(world, rng, 6):
-                place = _place(world, e.things)
-                ids, told, weight = texts.chat(world, [refer(e.text, place, rng)])
+                where = place_of(world, e.things)
+                ids, told, weight = texts.chat(world, [refer(e.text, where, rng)])
                 weight[~np.isin(ids, texts.squares)] = 0.0
                 self._add(f"refer {e.kind}", (ids, told, weight))
-                self._add("lines refer", texts.lines(world, [(e.text, place)]))
+                self._add("lines refer", texts.lines(world, [(e.text, where)]))
 
     def _add(self, name: str, row: Sample) -> None:
         self.rows.setdefault(name, []).append(row)

@@ -6,6 +6,8 @@ image encoder holds everything about its square. It is trained on such boards be
 SAM's rows take the places of the squares later.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from xseg.data.shapeworld.world import Scene, Thing
@@ -24,6 +26,11 @@ def square(thing: Thing) -> str:
     return SQUARES[row * SIDE + column]
 
 
+def place_of(scene: Scene, things: Sequence[int]) -> str:
+    """Return the square of the first of these things, or that there is none."""
+    return square(scene.things[things[0]]) if things else NOWHERE
+
+
 def board(scene: Scene) -> list[tuple[str, ...]]:
     """Return the words of the 36 squares, row by row.
 
@@ -32,8 +39,8 @@ def board(scene: Scene) -> list[tuple[str, ...]]:
     """
     edges, grounds = np.arange(SIDE + 1) * scene.side // SIDE, len(scene.ground.names)
     out: dict[str, tuple[str, ...]] = {}
-    for place, name in enumerate(SQUARES):
-        row, column = divmod(place, SIDE)
+    for index, name in enumerate(SQUARES):
+        row, column = divmod(index, SIDE)
         cell = scene.owner[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
         most = int(np.bincount(cell.ravel()).argmax()) - 1
         bare = most < grounds

@@ -303,14 +303,22 @@ def descriptions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]
     """Return five questions that ask for a description, with their answers: a caption, two orders, the places, and
     what some squares hold.
     """
-    across, down = (sorted(scene.things, key=lambda t: t.centre[axis]) for axis in (0, 1))
     places = sorted(scene.things, key=lambda t: SQUARES.index(square(t)))
+    return [
+        *_orders(scene, rng),
+        ("Where is everything?", f"{listed([f'{_full(t)} at {square(t)}' for t in places])}."),
+        # a stream of its own, so that these draws move none of the caller's
+        ("What is on some squares?", f"{', '.join(_read(scene, rng.spawn(1)[0]))}."),
+    ]
+
+
+def _orders(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The descriptions that name no square."""
+    across, down = (sorted(scene.things, key=lambda t: t.centre[axis]) for axis in (0, 1))
     return [
         ("Describe the picture.", caption(scene, rng)),
         ("Name everything from left to right.", f"{listed([_full(t) for t in across])}."),
         ("Name everything from top to bottom.", f"{listed([_full(t) for t in down])}."),
-        ("Where is everything?", f"{listed([f'{_full(t)} at {square(t)}' for t in places])}."),
-        ("What is on some squares?", f"{', '.join(_read(scene, rng.spawn(1)[0]))}."),
     ]
 
 
@@ -342,6 +350,6 @@ def corpus(count: int, seed: int) -> Iterator[str]:
         scene = sample_scene(seed, SPLITS["parts"][0] + number, side=64, policy=policy)
         rng = np.random.default_rng([seed, SPLITS["parts"][0] + number, 1])
         # without the squares: a piece must not hold a square and the sign behind it
-        yield from (line for pair in descriptions(scene, rng)[:3] for line in pair)
+        yield from (line for pair in _orders(scene, rng) for line in pair)
         yield from (e.text for e in expressions(scene, rng, 6))
         yield from (line for q in questions(scene, rng, 6) for line in (q.text, q.answer))

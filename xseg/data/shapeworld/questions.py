@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xseg.data.shapeworld.board import NOWHERE, square
+from xseg.data.shapeworld.board import place_of
 from xseg.data.shapeworld.language import (
     RELATIONS,
     Noun,
@@ -60,8 +60,7 @@ def places(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]
     """Draw at most ``count`` questions for the square of what an expression means, as text."""
     out = []
     for found in expressions(scene, rng, count):
-        place = square(scene.things[found.things[0]]) if found.things else NOWHERE
-        out.append(Question("place", f"Where is {found.text}?", f"here {place}."))
+        out.append(Question("place", f"Where is {found.text}?", f"here {place_of(scene, found.things)}."))
     return out
 
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from xseg.data.shapeworld.board import NOWHERE, square
+from xseg.data.shapeworld.board import place_of
 from xseg.data.shapeworld.draw import PAINT, draw
 from xseg.data.shapeworld.language import descriptions, expressions
 from xseg.data.shapeworld.questions import Question, places, questions
@@ -250,7 +250,7 @@ def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generat
             "raw": expression.text,
             "tokens": expression.text.split(),
             "kind": expression.kind,
-            "explanation": f"{square(scene.things[expression.things[0]]) if expression.things else NOWHERE}.",
+            "explanation": f"{place_of(scene, expression.things)}.",
         }
         files.sentences += 1
         # a reference without things has a group of its own: -1, -2, …
