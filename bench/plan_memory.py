@@ -31,7 +31,7 @@ def row(name: str, batch_size: int, folder: Path) -> dict[str, Any]:
     """Train and plan one stage."""
     stage = str(ROOT / f"train_stages/tiny/{name}.yaml")
     settings = ["model=scratch", f"data_root={folder}", "init_from=[]", "precision=fp32", f"batch_size={batch_size}"]
-    settings += ["num_workers=1", f"out={folder / name}", f"steps={STEPS}"]
+    settings += ["num_workers=1", "watch=null", f"out={folder / name}", f"steps={STEPS}"]
     subprocess.run([sys.executable, "-m", "xseg.train", stage, "--set", *settings], cwd=ROOT, check=True)
     lines = (folder / name / "metrics.jsonl").read_text(encoding="utf8").splitlines()
     measured = max(json.loads(line)["memory_gb"] for line in lines)

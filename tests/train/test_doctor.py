@@ -12,7 +12,8 @@ import yaml
 from small_runs import COMMON, SMALL, TINY, pictures
 
 from xseg.models import pixel_decoder
-from xseg.train import doctor
+from xseg.train import doctor, plan
+from xseg.train.stage import read_stage
 from xseg.ui.cli import main
 
 S3 = str(TINY / "s3_mixed.yaml")
@@ -160,12 +161,20 @@ PLANTED = [
     (lost_data, "data", "nowhere"),
     (useless_regex, "trainable", "did you mean 'segmentor'"),
     (frozen_words, "embeddings", "would stay random"),
-    (little_memory, "memory", "GB before the first picture"),
+    (little_memory, "memory", "activations 0."),
     (alone_in_silence, "launch", "one process in silence"),
     (too_many_processes, "launch", "this one has 4 devices"),
     (other_world, "launch", "WORLD_SIZE is 4"),
     (unsaved_weights, "launch", "zero3_save_16bit_model"),
 ]
+
+
+@pytest.mark.parametrize("more", [-0.5, 0.5])
+def test_activations_count_as_memory(settings: list[str], monkeypatch: pytest.MonkeyPatch, more: float) -> None:
+    """Weights, gradients and optimiser state fit; half of the activations would not, or all of them and a half do."""
+    need = plan.need_of(read_stage(S3, settings), plan.Asked(0, 1.0, 1.0), 0)
+    monkeypatch.setattr(doctor, "memory", lambda: need.total + more * need.activations)
+    assert ("activations" in faults(settings).get("memory", "")) is (more < 0)
 
 
 @pytest.mark.parametrize(("plant", "check", "said"), PLANTED, ids=lambda p: getattr(p, "__name__", None))

@@ -20,7 +20,7 @@ from xseg.models.build import build_config, location
 from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
-from xseg.train import assemble, optim
+from xseg.train import assemble, optim, plan
 from xseg.train.stage import Stage, check_compiler, read_stage
 
 T = TypeVar("T")
@@ -45,17 +45,17 @@ def examine(stage: str | None, overrides: Sequence[str] = (), launch: str | None
     """
     yield _tried("libraries", libraries)[0]
     yield _tried("deformable attention", deformable_attention)[0]
-    processes, shards = 1, 1
+    processes, zero = 1, 0
     if launch is not None:
         finding, launched = _tried("launch", partial(launch_file, launch))
         yield finding
-        processes, shards = launched or (1, 1)
+        processes, zero = launched or (1, 0)
     if stage is None:
         return
     finding, read = _tried("recipe", partial(read_stage, stage, overrides))
     yield finding
     if read is not None:
-        yield from _stage(read, processes, shards)
+        yield from _stage(read, processes, zero)
 
 
 def _tried(check: str, run: Callable[[], T]) -> tuple[Finding, T | None]:
@@ -66,7 +66,7 @@ def _tried(check: str, run: Callable[[], T]) -> tuple[Finding, T | None]:
         return Finding(check, str(error)), None
 
 
-def _stage(stage: Stage, processes: int, shards: int) -> Iterator[Finding]:
+def _stage(stage: Stage, processes: int, zero: int) -> Iterator[Finding]:
     finding, processor = _tried("tokenizer and chat template", partial(_processor, stage))
     yield finding
     parts, _ = _tried("pretrained parts", partial(pretrained, stage))
@@ -74,14 +74,16 @@ def _stage(stage: Stage, processes: int, shards: int) -> Iterator[Finding]:
     if processor is None:
         return
     yield _tried("vocabulary", partial(vocabulary, stage, processor))[0]
-    yield _tried("data", partial(assemble.load_data, stage))[0]
+    data = _tried("data", partial(assemble.load_data, stage))[0]
+    yield data
     if parts.fault:
         return
     finding, model = _tried("trainable", partial(selected, stage, processor))
     yield finding
     if model is not None:
         yield _tried("embeddings", partial(embeddings, stage, model))[0]
-        yield _tried("memory", partial(fits, model, processes, shards))[0]
+        if not data.fault:
+            yield _tried("memory", partial(fits, stage, processes, zero))[0]
 
 
 def _processor(stage: Stage) -> XSegProcessor:
@@ -190,22 +192,22 @@ def embeddings(stage: Stage, model: XSegModel) -> None:
         )
 
 
-def fits(model: XSegModel, processes: int, shards: int) -> None:
-    """Raise UserError when weights, gradients and optimiser state alone exceed the memory of a device (or of RAM).
+def fits(stage: Stage, processes: int, zero: int) -> None:
+    """Raise UserError when the worst moment of a step exceeds the memory of a device (or of RAM).
 
-    ``shards``: over how many processes ZeRO spreads the optimiser's 12 bytes a value. Activations come on top.
+    ``zero``: the ZeRO stage of the launch, 0 without DeepSpeed. The batch is the largest of the run's first ones.
     """
-    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - learnt
-    on_gpu = torch.cuda.is_available()
-    # Weights and gradients: bfloat16 on an accelerator, float32 on a CPU, where all processes share the memory.
-    needed = (learnt * (4 + 12 / shards) + frozen * 2) if on_gpu else processes * (learnt * 16 + frozen * 4)
-    there = memory()
-    if needed > there:
+    there, on_gpu = memory(), torch.cuda.is_available()
+    need = plan.need_of(stage, plan.Asked(processes if on_gpu else 0, there, 1.0), zero)
+    # On a CPU all processes share the memory.
+    together = 1 if on_gpu else processes
+    if need.total * together > there:
+        parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
+        listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
         raise UserError(
-            f"memory: weights, gradients and optimiser state need {needed / GIGABYTE:.1f} GB before the first picture, "
-            f"and there are {there / GIGABYTE:.1f} GB: freeze more (trainable), take a smaller model recipe, or spread "
-            "the optimiser over more processes (zero2.yaml, zero3.yaml)"
+            f"memory: {together} process(es) a device need {need.total / GIGABYTE:.1f} GB each ({listed}, activations "
+            f"{need.activations / GIGABYTE:.1f}), and there are {there / GIGABYTE:.1f} GB: `xseg plan` says which ZeRO "
+            "stage, micro-batch and checkpointing would fit; or freeze more (trainable), or take a smaller model recipe"
         )
 
 
@@ -217,7 +219,7 @@ def memory() -> float:
 
 
 def launch_file(name: str) -> tuple[int, int]:
-    """(processes, over how many of them the optimiser is spread). Raises UserError when it does not fit the machine."""
+    """(processes, ZeRO stage: 0 without DeepSpeed). Raises UserError when it does not fit the machine."""
     path = find(name, LAUNCH)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf8"))
@@ -241,4 +243,4 @@ def launch_file(name: str) -> tuple[int, int]:
         raise UserError(f"{path}: ZeRO-3 without zero3_save_16bit_model: true cannot save `final`; add it")
     if deepspeed and not devices:
         check_compiler()
-    return count, count if deepspeed else 1
+    return count, int(deepspeed.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0

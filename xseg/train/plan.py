@@ -177,19 +177,33 @@ class Subject:
         )
 
 
+def need_of(stage: Stage, asked: Asked, zero: int) -> Need:
+    """What one rank of a stage needs, launched as its recipe says under this ZeRO stage (0 on a CPU).
+
+    Raises UserError for what is wrong in its recipes.
+    """
+    subject, given = Subject(stage, on_cpu=asked.gpus == 0), _as_given(stage, zero)
+    if asked.gpus:
+        return on_gpus(subject, given, asked)
+    return on_cpu(subject, subject.walk(given.batch_size, given.checkpointing), given.accumulate)
+
+
 def predict(stage: Stage, asked: Asked) -> Prediction:
     """Walk a stage and say what it needs on a machine. Raises UserError for what is wrong in its recipes."""
-    recipe = stage.recipe
-    subject = Subject(stage, on_cpu=asked.gpus == 0)
-    given = Setting(2 if asked.gpus else 0, recipe.batch_size, recipe.accumulate, recipe.gradient_checkpointing)
+    subject, given = Subject(stage, on_cpu=asked.gpus == 0), _as_given(stage, 2 if asked.gpus else 0)
     if not asked.gpus:
-        cost = subject.walk(recipe.batch_size, recipe.gradient_checkpointing)
-        need = on_cpu(subject, cost, recipe.accumulate)
-        return _prediction(subject, given, need, (None, None), cost.flops / recipe.batch_size, None)
+        cost = subject.walk(given.batch_size, given.checkpointing)
+        need = on_cpu(subject, cost, given.accumulate)
+        return _prediction(subject, given, need, (None, None), cost.flops / given.batch_size, None)
     need = on_gpus(subject, given, asked)
     chosen = choose(subject, given, asked)
     flops = subject.walked((chosen[0] or given).checkpointing).flops
     return _prediction(subject, given, need, chosen, flops, asked)
+
+
+def _as_given(stage: Stage, zero: int) -> Setting:
+    recipe = stage.recipe
+    return Setting(zero, recipe.batch_size, recipe.accumulate, recipe.gradient_checkpointing)
 
 
 def _prediction(
@@ -218,8 +232,9 @@ def on_cpu(subject: Subject, cost: trace.Cost, accumulate: int) -> Need:
 
 
 def on_gpus(subject: Subject, setting: Setting, asked: Asked) -> Need:
-    """Bytes of one rank under DeepSpeed (ZeRO, Rajbhandari et al. 2020, section 3)."""
+    """Bytes of one rank under DeepSpeed (ZeRO, Rajbhandari et al. 2020, section 3), or of a whole copy without it."""
     learnt, all_of_it, ranks = subject.trained, subject.parameters, asked.gpus
+    shards = ranks if setting.zero else 1
     coarse = _four_bits(subject.model, subject.stage)
     weights = 2.0 * (all_of_it - coarse) + FOUR_BITS * coarse
     gradients = 2.0 * learnt / (ranks if setting.zero > 1 else 1)
@@ -228,9 +243,9 @@ def on_gpus(subject: Subject, setting: Setting, asked: Asked) -> Need:
         weights /= ranks
     # At the step, when no activation is left, the gradients of a rank's part are cast to float32.
     activations = max(
-        subject.walked(setting.checkpointing).activations(setting.batch_size) + bucket, 4.0 * learnt / ranks
+        subject.walked(setting.checkpointing).activations(setting.batch_size) + bucket, 4.0 * learnt / shards
     )
-    return Need(weights, gradients, 12.0 * learnt / ranks, activations)
+    return Need(weights, gradients, 12.0 * learnt / shards, activations)
 
 
 def _four_bits(model: XSegModel, stage: Stage) -> int:
