@@ -1,4 +1,4 @@
-"""What ``xseg plan --gpus 0`` foresees against what a process really holds: three small stages on a CPU.
+"""What ``xseg plan --gpus 0`` foresees against what a process holds: three small CPU stages, two batch sizes each.
 
     python bench/plan_memory.py --out bench/results/plan_memory.json
 
@@ -17,7 +17,7 @@ from typing import Any
 from xseg.data.shapeworld.write import write
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"s1_segmentor": 32, "s2_align": 48, "s3_mixed": 32}
+STAGES = {"s1_segmentor": (32, 8), "s2_align": (48, 16), "s3_mixed": (32, 8)}
 """Stages under train_stages/tiny, and samples of a batch."""
 STEPS = 4
 GIGABYTE = 1e9
@@ -31,9 +31,9 @@ def row(name: str, batch_size: int, folder: Path) -> dict[str, Any]:
     """Train and plan one stage."""
     stage = str(ROOT / f"train_stages/tiny/{name}.yaml")
     settings = ["model=scratch", f"data_root={folder}", "init_from=[]", "precision=fp32", f"batch_size={batch_size}"]
-    settings += ["num_workers=1", "watch=null", f"out={folder / name}", f"steps={STEPS}"]
+    settings += ["num_workers=1", "watch=null", f"out={folder / f'{name}_{batch_size}'}", f"steps={STEPS}"]
     subprocess.run([sys.executable, "-m", "xseg.train", stage, "--set", *settings], cwd=ROOT, check=True)
-    lines = (folder / name / "metrics.jsonl").read_text(encoding="utf8").splitlines()
+    lines = (folder / f"{name}_{batch_size}/metrics.jsonl").read_text(encoding="utf8").splitlines()
     measured = max(json.loads(line)["memory_gb"] for line in lines)
     done = subprocess.run(
         [sys.executable, "-c", PLAN, stage, *settings], cwd=ROOT, check=True, capture_output=True, text=True
@@ -53,7 +53,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary) / "shapes/train", 64, 3, size=96)
-        rows = [row(name, STAGES[name], Path(temporary)) for name in given.stages]
+        rows = [row(name, size, Path(temporary)) for name in given.stages for size in STAGES[name]]
     for found in rows:
         print("  ".join(f"{key} {value}" for key, value in found.items()))
     protocol = "greatest resident size of the training process, one process, float32, model scratch"

@@ -108,6 +108,9 @@ def fused_attention(ledger: Ledger, on_cpu: bool) -> Iterator[None]:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # The function makes an addend of it, whatever kernel follows.
+            attn_mask = query.new_empty(attn_mask.shape)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         ledger.total += attention_flops(query, key, value) * (3 if learns else 1)
         return _Attention.apply(query, key, value, attn_mask)
