@@ -92,7 +92,7 @@ def conversations(root: str, count: int) -> Subject:
     """Conversations like LLaVA's; a token is four characters or so."""
     rng = np.random.default_rng(0)
     thousands = np.array([row[0] for row in SETS.values()], float)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in rng.choice(list(SETS), count, p=thousands / thousands.sum()):
         _, pairs, *sides = SETS[kind]
         turns = []
