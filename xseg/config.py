@@ -76,6 +76,10 @@ class Mixture(Recipe):
     """t of r = max(1, sqrt(t / f)) (X-SAM section 3.4); None = no resampling."""
     batches: Literal["source", "mixed"] = "source"
     """What stands together in the samples of a step: those of one data set (X-SAM), or any."""
+    by_length: int = Field(default=0, ge=0)
+    """Draws of this many global batches are sorted together by the length of their texts, so that micro-batches hold
+    little padding and ranks have alike work (bench/padding.py): 50, say. 1 = every step keeps its samples, which helps
+    steps of several micro-batches alone. 0 = as they were shuffled (X-SAM's stages 2 and 3)."""
 
 
 class LrGroup(Recipe):

@@ -158,3 +158,20 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     monkeypatch.setattr(loop.Criterion, "__call__", broken)
     assert train("s1", tmp_path / "run", "steps=2") == 1
     assert "step 1: loss is nan" in capsys.readouterr().err
+
+
+def test_batches_by_length_do_not_depend_on_how_they_are_split(train: Run, tmp_path: Path) -> None:
+    mixture = "mixture={datasets: [shapes/refer_train, shapes/talk_train], balance: null, by_length: 2}"
+    given = ("steps=4", "init_from=[]", "loss.points=grid", mixture)
+    assert train("s3", tmp_path / "whole", "batch_size=4", *given) == 0
+    assert train("s3", tmp_path / "parts", "batch_size=2", "accumulate=2", *given) == 0
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_stage_without_text_cannot_sort_by_length(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = "{recipe: shapes/panoptic_train, task: {name: generic_seg, labels: fixed}}"
+    assert train("s1", tmp_path / "a", f"mixture={{datasets: [{entry}], balance: null, by_length: 2}}") == 2
+    assert "by_length: 2: a stage without a language model reads no text" in capsys.readouterr().err
+    assert not (tmp_path / "a/metrics.jsonl").exists()

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from xseg.config import ModelRecipe
+from xseg.config import Mixture, MixtureEntry, ModelRecipe, Recipe
 from xseg.errors import UserError
 from xseg.train import state
 
@@ -140,10 +140,19 @@ def test_errors_that_are_no_full_disk_pass(tmp_path: Path) -> None:
         raise RuntimeError("shapes differ")
 
 
-def test_a_checkpoint_older_than_a_field_of_the_model_resumes(tmp_path: Path) -> None:
-    now = {"model": ModelRecipe(sam={"patch_size": 8}).model_dump(mode="json")}
-    older = {"model": {k: v for k, v in now["model"].items() if k != "llm_sees"}}
+@pytest.mark.parametrize(
+    ("part", "recipe", "field", "value"),
+    [
+        ("model", ModelRecipe(sam={"patch_size": 8}), "llm_sees", ["siglip"]),
+        ("mixture", Mixture(datasets=[MixtureEntry(recipe="a")]), "by_length", 50),
+    ],
+)
+def test_a_checkpoint_older_than_a_field_resumes(
+    tmp_path: Path, part: str, recipe: Recipe, field: str, value: object
+) -> None:
+    now = {"model": {}, "mixture": {}, part: recipe.model_dump(mode="json")}
+    older = {**now, part: {k: v for k, v in now[part].items() if k != field}}
     state.check_same(older, now, tmp_path)
-    now["model"]["llm_sees"] = ["siglip"]
-    with pytest.raises(UserError, match="llm_sees"):
+    now[part][field] = value
+    with pytest.raises(UserError, match=field):
         state.check_same(older, now, tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 
 from xseg.config import DataRecipe, Mixture, load_recipe
 from xseg.data.dataset import Dataset, Preparation, load_dataset
+from xseg.data.lengths import lengths
 from xseg.errors import UserError
 
 
@@ -19,6 +20,15 @@ class Item(NamedTuple):
     sample: int
     epoch: int
     """How often this data set was gone through before: seeds the sample's wording and view."""
+
+
+class Alike(NamedTuple):
+    """What a plan sorts its draws by."""
+
+    window: int
+    """Global batches whose draws are sorted together."""
+    lengths: tuple[np.ndarray, ...]
+    """Per data set (its samples,), in any one unit."""
 
 
 def load_mixture(
@@ -39,6 +49,21 @@ def load_mixture(
     return datasets, [r * entry.repeat for r, entry in zip(balance, mixture.datasets, strict=True)]
 
 
+def alike(mixture: Mixture, datasets: Sequence[Dataset]) -> Alike | None:
+    """Measure the samples of a mixture that says ``by_length``; reads annotations only.
+
+    Raises UserError for samples that are prepared without text.
+    """
+    if not mixture.by_length:
+        return None
+    if any(d.preparation.encoder is None for d in datasets):
+        raise UserError(
+            f"mixture: by_length: {mixture.by_length}: a stage without a language model reads no text, so its samples "
+            "have no length; take it out of the mixture, or set it to 0"
+        )
+    return Alike(mixture.by_length, tuple(lengths(d) for d in datasets))
+
+
 def repeat_factors(lengths: Sequence[int], t: float | None) -> list[float]:
     """r = max(1, sqrt(t / f)) with f the share of each data set (X-SAM section 3.4); ``t`` None = 1 for all."""
     if t is None:
@@ -54,8 +79,12 @@ class Plan:
     up where the last one stopped, so over epochs every sample is drawn equally often. The draws are shuffled, cut into
     global batches of ``batch_size * world * accumulate`` (the last one filled up with draws of the same data set),
     and the global batches of all data sets are shuffled. ``mixed``: the draws of all data sets are shuffled together
-    and cut. The global batches depend on their size alone, not on how it is split over ranks and accumulation. Raises
-    UserError for an empty data set.
+    and cut. The global batches depend on their size alone, not on how it is split over ranks and accumulation.
+
+    ``alike`` sorts the shuffled draws by length, window by window, before they are cut; global batches are shuffled
+    nonetheless. Micro-batches are stretches of a global batch, those of all ranks side by side, as without it. A
+    sample that a window draws again stands behind all first draws, so that copies of it seldom share a micro-batch.
+    Raises UserError for an empty data set.
     """
 
     def __init__(
@@ -67,12 +96,14 @@ class Plan:
         accumulate: int = 1,
         seed: int = 0,
         mixed: bool = False,
+        alike: Alike | None = None,
     ) -> None:
         if not lengths or min(lengths) < 1:
             raise UserError(f"mixture: data sets of {list(lengths)} samples: every one needs at least one sample")
         self.lengths = tuple(lengths)
         self.draws = tuple(max(1, int(r * n)) for r, n in zip(factors, lengths, strict=True))
         self.batch_size, self.world, self.accumulate, self.seed, self.mixed = batch_size, world, accumulate, seed, mixed
+        self.alike = alike
         self.global_batch = batch_size * world * accumulate
         pools = [sum(self.draws)] if mixed else self.draws
         self.steps_per_epoch = sum(-(-draws // self.global_batch) for draws in pools)
@@ -101,5 +132,19 @@ class Plan:
         if self.mixed:
             pools = [rng.permutation(np.concatenate(pools))]
         size = self.global_batch
-        full = [np.concatenate([rows, np.resize(rows, (-len(rows) % size, 3))]).reshape(-1, size, 3) for rows in pools]
-        return rng.permutation(np.concatenate(full))
+        full = [np.concatenate([rows, np.resize(rows, (-len(rows) % size, 3))]) for rows in pools]
+        if self.alike is not None:
+            full = [_sorted(rows, self.alike.lengths, self.alike.window * size) for rows in full]
+        return rng.permutation(np.concatenate(full).reshape(-1, size, 3))
+
+
+def _sorted(rows: np.ndarray, lengths: Sequence[np.ndarray], window: int) -> np.ndarray:
+    """Sort every ``window`` of the (n, 3) rows: first draws of their samples by length, then second ones, and so on."""
+    first = np.cumsum([0, *map(len, lengths)])
+    sample, place = first[rows[:, 0]] + rows[:, 1], np.arange(len(rows))
+    part = place // window
+    order = np.lexsort((sample, part))
+    starts = np.diff(sample[order], prepend=-1).astype(bool) | np.diff(part[order], prepend=-1).astype(bool)
+    again = np.empty_like(place)
+    again[order] = place - np.maximum.accumulate(np.where(starts, place, 0))
+    return rows[np.lexsort((np.concatenate(lengths)[sample], again, part))]

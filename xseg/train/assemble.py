@@ -9,7 +9,7 @@ import torch
 
 from xseg.config import DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
-from xseg.data.mixture import Plan, load_mixture
+from xseg.data.mixture import Alike, Plan, alike, load_mixture
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
 from xseg.losses.criterion import Criterion
@@ -31,6 +31,8 @@ class Data:
     factors: list[float]
     categories: Categories | None
     """The fixed label list of a linear head, or None."""
+    alike: Alike | None = None
+    """The samples' lengths, where batches are sorted by them."""
 
 
 def load_data(stage: Stage) -> Data:
@@ -46,7 +48,7 @@ def load_data(stage: Stage) -> Data:
         _check_first_image(dataset)
         _check_head(stage, dataset)
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
-    return Data(processor, datasets, factors, labels)
+    return Data(processor, datasets, factors, labels, alike(stage.mixture, datasets))
 
 
 def _check_first_image(dataset: Dataset) -> None:
@@ -99,7 +101,7 @@ def plan(stage: Stage, data: Data, world: int) -> Plan:
     """Return the batches of the whole run."""
     lengths = [len(d) for d in data.datasets]
     r, mixed = stage.recipe, stage.mixture.batches == "mixed"
-    return Plan(lengths, data.factors, r.batch_size, world=world, accumulate=r.accumulate, seed=r.seed, mixed=mixed)
+    return Plan(lengths, data.factors, r.batch_size, world, r.accumulate, r.seed, mixed, data.alike)
 
 
 def configuration(stage: Stage, data: Data) -> XSegConfig:

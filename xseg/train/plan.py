@@ -147,7 +147,8 @@ class Subject:
             yield typical_batch(self.config, _views(self.config), size)
             return
         recipe = self.stage.recipe
-        plan = Plan([len(d) for d in self.data.datasets], self.data.factors, size, seed=recipe.seed)
+        lengths = [len(d) for d in self.data.datasets]
+        plan = Plan(lengths, self.data.factors, size, seed=recipe.seed, alike=self.data.alike)
         found: dict[int, list[Batch]] = {}
         micros = MicroBatches(self.data.datasets, plan, 0)
         for step in range(min(LOOKED * len(self.data.datasets), plan.steps_per_epoch)):

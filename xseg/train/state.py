@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from xseg.config import ModelRecipe
+from xseg.config import Mixture, ModelRecipe
 from xseg.errors import UserError
 from xseg.train import manifest, slim
 
@@ -107,10 +107,11 @@ def read_state(path: Path) -> dict[str, Any]:
 def check_same(written: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Raise UserError naming the keys in which a resumed run's recipe differs from the checkpoint's."""
     now = json.loads(json.dumps(now))
-    if isinstance(written.get("model"), dict):
-        # What the model recipe could not say yet stood at its default.
-        defaults = {k: f.default for k, f in ModelRecipe.model_fields.items() if k in now["model"]}
-        written = {**written, "model": {**defaults, **written["model"]}}
+    for name, kind in (("model", ModelRecipe), ("mixture", Mixture)):
+        if isinstance(written.get(name), dict):
+            # What the recipe could not say yet stood at its default.
+            defaults = {k: f.default for k, f in kind.model_fields.items() if k in now[name]}
+            written = {**written, name: {**defaults, **written[name]}}
     changed = [k for k in sorted({*written, *now} - FREE) if written.get(k) != now.get(k)]
     if changed:
         lines = "\n".join(f"  {k}: {written.get(k)!r} -> {now.get(k)!r}" for k in changed)

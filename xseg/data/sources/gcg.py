@@ -9,7 +9,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import rle_from_segmentation
 from xseg.geometry.views import read_size
 from xseg.paths import data_path
-from xseg.tokens import P_CLOSE, P_OPEN
+from xseg.tokens import IMAGE, P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 
 WORDS = 3
@@ -95,6 +95,10 @@ class Source:
             turns=(Turn("assistant", _tagged(caption, spans)),),
             image_id=image.stem,
         )
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """``<image>`` and the caption of a sample."""
+        return (IMAGE, _read(self.records[index], f"{self.path}: record {index}")[1])
 
     def outlines(self, index: int) -> Iterator[tuple[str, Any]]:
         """(place, [x1, y1, x2, y2, …]) of every polygon as annotated."""

@@ -41,7 +41,7 @@ from xseg.geometry import prompts as drawn
 from xseg.geometry.masks import encode, rle_from_segmentation, row_rle, to_json
 from xseg.geometry.views import read_size
 from xseg.paths import data_path
-from xseg.tokens import P_CLOSE, P_OPEN
+from xseg.tokens import IMAGE, P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 
 LINE = {"image", "images", "objects", "phrases", "caption", "spans", "turns", "ignore", "size", "id", "kind"}
@@ -110,6 +110,20 @@ class Source:
             kind=str(row.get("kind", "")),
             ignore=None if ignore is None else self._rle(ignore, size, f"{where}: ignore"),
         )
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """``<image>`` for each image, the turns and phrases of a sample, explanations too; its objects, without a name,
+        where nothing is said about them."""
+        number, line = self.lines[index]
+        where = f"{self.path}: line {number}"
+        row = _parsed(line, where)
+        objects = records(row, "objects", where) if "objects" in row else []
+        phrases, turns = _texts(row, len(objects), "", where)
+        said = [turn.text.replace(IMAGE, "") for turn in turns]
+        if "caption" not in row:  # its phrases stand in the one turn
+            said += [phrase.text + phrase.explanation for phrase in phrases]
+        images = 1 if "image" in row else len(row.get("images", ()))
+        return (*[IMAGE] * images, *(said or [""] * len(objects)))
 
     def outlines(self, index: int) -> Iterator[tuple[str, Any]]:
         """(place, [x1, y1, x2, y2, …]) of every polygon as written."""

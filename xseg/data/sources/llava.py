@@ -42,6 +42,10 @@ class Source:
             kind=record["kind"],
         )
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        """What the turns of a sample say, ``<image>`` included."""
+        return tuple(text for _, text in self.records[index]["turns"])
+
 
 def read_record(row: Any, where: str) -> dict[str, Any]:
     """Files, turns and kind of one conversation; UserError for anything wrong with it."""

@@ -12,6 +12,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import encode
 from xseg.geometry.views import read_size
 from xseg.paths import data_path
+from xseg.tokens import IMAGE
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size
 
 TARGET, IGNORED = 1, 255
@@ -72,6 +73,10 @@ class Source:
             kind=record["phrases"][0]["kind"],
             ignore=encode(ignored) if ignored.any() else None,
         )
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """``<image>`` and the questions of a sample, each with its explanation."""
+        return (IMAGE, *(phrase["text"] + phrase["explanation"] for phrase in self.records[index]["phrases"]))
 
     def outlines(self, index: int) -> Iterator[tuple[str, Any]]:
         """(place, [x1, y1, x2, y2, …]) of every polygon as annotated."""

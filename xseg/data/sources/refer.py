@@ -11,6 +11,7 @@ from xseg.data.sources.coco import category_index, read_categories, read_images,
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry.masks import rle_from_segmentation
 from xseg.paths import data_path
+from xseg.tokens import IMAGE
 from xseg.types import Categories, Instance, Masks, Phrase, Sample
 
 Record = dict[str, Any]
@@ -81,6 +82,10 @@ class Source:
             phrases=tuple(Phrase(**phrase) for phrase in record["phrases"]),
             image_id=image["id"],
         )
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """``<image>`` and the expressions of a sample, each with its explanation."""
+        return (IMAGE, *(phrase["text"] + phrase["explanation"] for phrase in self.records[index]["phrases"]))
 
 
 class _Catalogue:
