@@ -37,6 +37,30 @@ def test_every_trainable_parameter_gets_a_gradient(kind: str, decoder: str) -> N
     assert without_gradient(made, output) == []
 
 
+@pytest.mark.parametrize("decoder", ["fpn", "deformable"])
+def test_modules_run_and_gradients_come_in_an_order_that_no_batch_changes(decoder: str) -> None:
+    """ZeRO-3 gathers weights as modules run, ZeRO-2 adds up gradients as they come: ranks with other tasks agree."""
+    made = model(pixel_decoder=decoder).train()
+    ran: list[str] = []
+    came: list[str] = []
+    for name, module in made.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    orders = {}
+    for kind, given in kinds().items():
+        ran.clear()
+        came.clear()
+        made.zero_grad()
+        total(made(given)).backward()
+        orders[kind] = [*ran], [*came]
+    assert len(orders["categories"][1]) == sum(p.requires_grad for p in made.parameters())
+    assert [kind for kind in orders if orders[kind][0] != orders["categories"][0]] == []
+    assert [kind for kind in orders if orders[kind][1] != orders["categories"][1]] == []
+
+
 def test_what_nothing_reads_is_frozen() -> None:
     frozen = {n for n, p in model().named_parameters() if not p.requires_grad}
     assert {n.split(".")[1] for n in frozen if n.startswith("segmentor")} == {"sam"}

@@ -14,7 +14,7 @@ from xseg.train.consolidate import weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 NAMES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
-RATE = "trainable=[{match: .*, lr: 0.05}]"
+RATE = "trainable=[{match: .*, lr: 0.02}]"
 CASES: list[tuple[Split, Mix]] = [
     (Split(zero, world, accumulate), mix)
     for zero in NAMES

@@ -29,9 +29,8 @@ class SiglipEncoder(SiglipVisionModel):
             module.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
-        """See the class. Pictures of another size than the config's get interpolated positions."""
-        other = pixels.shape[-1] != self.config.image_size
-        hidden = self.embeddings(pixels, interpolate_pos_encoding=other)
+        """See the class. ``s`` is the config's size."""
+        hidden = self.embeddings(pixels)
         for block in self.encoder.layers[: self.depth]:
             hidden = block(hidden, None)
         return hidden

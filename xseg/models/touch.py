@@ -1,10 +1,13 @@
 """A zero that reaches every part a batch did not use.
 
 Under ZeRO a part without a gradient on one rank stops or corrupts the others, and ZeRO-3 applies the last gradient
-again. So each unused part runs once on something tiny, through its modules, and its output is multiplied by zero.
+again. So each unused part runs once on something tiny, through its modules, and its output is multiplied by zero. It
+runs where it would have run if it were used: ZeRO-2 adds up what the ranks' gradients come to in the order in which
+they come, and ZeRO-3 gathers weights in the order in which modules run, so that order must not depend on the batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,24 +22,22 @@ if TYPE_CHECKING:
     from xseg.models.xseg import XSegModel
 
 
+CELLS = 4
+"""SAM cells a side of what unused parts see: two are left on the coarsest map; a group norm refuses a single one."""
+
+
 def touched(model: "XSegModel", output: ModelOutput, features: ImageFeatures, hidden: Tensor | None) -> ModelOutput:
     """``output`` with its ``touch``."""
     zeros = [corner(output.lm_logits), corner(output.mask_logits), output.class_logits[..., -1].sum() * 0]
-    if hidden is None and hasattr(model, "llm"):
-        hidden = _words(model)
-        zeros.append(corner(model.llm.get_output_embeddings()(hidden[:, 0])))
-        if hasattr(model, "llm_projector"):
-            zeros.append(corner(model.llm_projector(hidden[:, 0])))
     if hidden is not None:
         # Row 0 of any sample has passed every layer.
         zeros.append(corner(hidden[:, :1]))
-    text, masks = hasattr(model, "llm"), model.config.segmentor_config is not None
-    spare = _picture(model, text=text and features.rows is None, masks=masks and features.maps is None)
-    zeros += [corner(r) for r in (features.rows, spare.rows) if r is not None]
-    if spare.maps is not None:
-        zeros += _decoder(model, spare)
-    elif output.pixel_logits is not None:
+    if features.rows is not None:
+        zeros.append(corner(features.rows))
+    if output.pixel_logits is not None:
         zeros.append(corner(output.pixel_logits))
+    elif features.maps is not None and not output.mask_logits.shape[1]:
+        zeros += _decoder(model, features.maps)
     total = torch.stack([z.float() for z in zeros]).sum()
     return dataclasses.replace(output, touch=total)
 
@@ -50,33 +51,36 @@ def corner(x: Tensor) -> Tensor:
     return x.sum() * 0
 
 
-def _words(model: "XSegModel") -> Tensor:
+def corners(states: Sequence[Tensor]) -> list[Tensor]:
+    """A few cells of SAM's states (I, h, w, C) of the first picture."""
+    return [state[:1, :CELLS, :CELLS] for state in states]
+
+
+def black(model: "XSegModel") -> list[Tensor]:
+    """Pixels of a black picture, (1, 3, s, s): whole for SigLIP, whose positions have one size; a few cells for SAM."""
+    siglip, sam = model.config.siglip_config, model.config.sam_config
+    sides = siglip.image_size if siglip else 0, sam.patch_size * CELLS if sam else 0
+    return [torch.zeros(1, 3, side, side, device=model.device) for side in sides]
+
+
+def words(model: "XSegModel") -> Tensor:
+    """States (1, 1, D) of a text of one word."""
     rows = model.llm.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return llm.hidden_states(model.llm, rows, torch.ones(1, 1, dtype=torch.bool, device=model.device))
 
 
-def _picture(model: "XSegModel", *, text: bool, masks: bool) -> ImageFeatures:
-    """Features of a black picture of a few cells."""
-    sides = []
-    # Four SAM cells a side leave two on the coarsest map: a group norm refuses a single one.
-    for part, cells in ((model.config.siglip_config, 1), (model.config.sam_config, 4)):
-        sides.append(part.patch_size * cells if part is not None else 0)
-    small, large = (torch.zeros(1, 3, side, side, device=model.device) for side in sides)
-    return model.encode_images(small, large, text=text, masks=masks)
-
-
-def _decoder(model: "XSegModel", spare: ImageFeatures) -> list[Tensor]:
-    """One query through mask decoder, class head and projection."""
-    assert spare.maps is not None
+def _decoder(model: "XSegModel", maps: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    """One query on the first picture through projection, mask decoder and class head."""
     zero = torch.zeros(1, dtype=torch.long, device=model.device)
     seg = concepts = real = None
     if model.config.segmentor_config.head == "concepts":
-        concepts, real = model.background[None], zero[None] == 0
         if hasattr(model, "llm"):
             state = torch.zeros(1, model.config.width, device=model.device, dtype=model.dtype)
             seg = model.llm_projector(state)
-    masks, classes = model.segmentor.decode(spare.maps, seg, concepts, real, Groups(zero, 1, 1))
+        concepts, real = model.background[None], zero[None] == 0
+    one = maps[0][:1], [m[:1] for m in maps[1]]
+    masks, classes = model.segmentor.decode(one, seg, concepts, real, Groups(zero, 1, 1))
     zeros = [corner(masks), corner(classes)]
     if model.config.segmentor_config.pixel_classifier:
-        zeros.append(corner(model.segmentor.pixel_classifier(spare.maps[0])))
+        zeros.append(corner(model.segmentor.pixel_classifier(one[0])))
     return zeros

@@ -33,7 +33,8 @@ class XSegModel(PreTrainedModel):
     3. ``segment``: states at ``<SEG>`` and at spans are projected; the mask decoder and the class head answer all
        queries of all images together.
     4. Language logits, only where a label is.
-    5. In training, ``touch``: a zero that keeps the gradient of every unused part alive.
+    5. In training, parts that a batch does not use run on something tiny at their place in this order, and ``touch``, a
+       zero, keeps their gradients alive.
     """
 
     config_class = XSegConfig
@@ -98,30 +99,40 @@ class XSegModel(PreTrainedModel):
     def forward(self, batch: Batch) -> ModelOutput:
         """Answer a batch; any part may be missing: text, images, queries."""
         text, masks = batch.input_ids.shape[1] > 0, batch.max_queries > 0
-        features = self.encode_images(batch.llm_pixels, batch.mask_pixels, text=text, masks=masks)
+        pixels = batch.llm_pixels, batch.mask_pixels
+        features = self.encode_images(*pixels, text=text, masks=masks, spare=self.training)
         layout, hidden = self.read(batch, features) if text else (None, None)
+        if self.training and not text and hasattr(self, "llm"):
+            hidden = touch.words(self)
         output = self.segment(batch, features, layout, hidden)
         return touch.touched(self, output, features, hidden) if self.training else output
 
     def encode_images(
-        self, llm_pixels: Tensor, mask_pixels: Tensor, *, text: bool = True, masks: bool = True
+        self, llm_pixels: Tensor, mask_pixels: Tensor, *, text: bool = True, masks: bool = True, spare: bool = False
     ) -> ImageFeatures:
-        """(I, 3, s, s) and (I, 3, S, S) pixels -> features; ``text`` and ``masks`` say what they are for."""
+        """(I, 3, s, s) and (I, 3, S, S) pixels -> features; ``text`` and ``masks`` say what they are for.
+
+        ``spare``: what they are not for is made too, of a corner of one picture (``touch``).
+        """
         rows, cells, maps = [], None, None
-        text, masks = text and hasattr(self, "llm"), masks and self.config.segmentor_config is not None
-        if len(mask_pixels) == 0 or not (text or masks):
+        if len(mask_pixels) == 0 and spare:
+            llm_pixels, mask_pixels = touch.black(self)
+        if len(mask_pixels) == 0 or not (text or masks or spare):
             return ImageFeatures(None, None, None)
-        if text and hasattr(self, "siglip_projector"):
-            rows.append(self.siglip_projector(self.siglip(llm_pixels.to(self.dtype))))
-        reads_sam = text and hasattr(self, "sam_projector")
-        if hasattr(self, "segmentor") and (reads_sam or masks):
-            wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * masks
+        reads, segments = (text or spare) and hasattr(self, "llm"), masks or spare
+        segments = segments and self.config.segmentor_config is not None
+        read = slice(None if text else 1)
+        if reads and hasattr(self, "siglip_projector"):
+            rows.append(self.siglip_projector(self.siglip(llm_pixels[read].to(self.dtype))))
+        reads_sam = reads and hasattr(self, "sam_projector")
+        if hasattr(self, "segmentor") and (reads_sam or segments):
+            wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * segments
             states = self.segmentor.sam(mask_pixels.to(self.dtype), wanted)
             if reads_sam:
-                cells = self.sam_projector(unshuffle(states.pop(0), self.config.sam_shuffle))
+                cells = self.sam_projector(unshuffle(states.pop(0)[read], self.config.sam_shuffle))
                 rows.append(cells.flatten(1, 2))
-            if masks:
-                maps = self.segmentor.maps(states)
+            if segments:
+                maps = self.segmentor.maps(states if masks else touch.corners(states))
         return ImageFeatures(self._rows(rows) if rows else None, cells, maps)
 
     def _rows(self, encoders: Sequence[Tensor]) -> Tensor:
@@ -191,13 +202,17 @@ class XSegModel(PreTrainedModel):
                 states = projected[len(sample) :].float().unflatten(0, real.shape) * real[..., None]
                 concepts = states.sum(1) / real.sum(1, keepdim=True)
                 own = concepts[batch.query_concepts.clamp(min=0)]
+        elif hidden is not None:
+            own = own + touch.corner(self.llm_projector(hidden[:, 0]))
         background = self.background[None].expand(len(own), -1, -1).to(own.dtype)
         real = batch.query_concepts >= 0
         return seg, torch.cat((own, background), 1), torch.cat((real, real.new_ones(len(real), 1)), 1)
 
     def _language(self, batch: Batch, layout: Layout | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        if layout is None or hidden is None:
+        if hidden is None:
             return batch.mask_pixels.new_zeros(0, 1), batch.labels.new_zeros(0)
+        if layout is None:
+            return self.llm.get_output_embeddings()(hidden[:0, 0]), batch.labels.new_zeros(0)
         sample, row, labels = layout.supervised(batch)
         return self.llm.get_output_embeddings()(hidden[sample, row]), labels
 
