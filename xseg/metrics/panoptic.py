@@ -24,22 +24,23 @@ class PanopticQuality:
         self.counts: list[np.ndarray] = []
         """Per image (categories, 4): sum of matched IoU, TP, FP, FN."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count one image; a prediction without a map counts as all void."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one image; a prediction without a map counts as all void.
+
+        The image's own PQ takes all its segments as one category.
+        """
         assert sample.categories is not None
         self.categories = sample.categories
-        self.counts.append(count(prediction, sample))
+        counts = count(prediction, sample)
+        self.counts.append(counts)
+        iou, tp, fp, fn = counts.sum(axis=0)
+        whole = tp + (fp + fn) / 2
+        return {"PQ": 100 * float(iou / whole)} if whole else {}
 
     def __iadd__(self, other: Self) -> Self:
         self.categories = self.categories or other.categories
         self.counts += other.counts
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """PQ of one image, all its segments as one category."""
-        iou, tp, fp, fn = count(prediction, sample).sum(axis=0)
-        whole = tp + (fp + fn) / 2
-        return {"PQ": 100 * float(iou / whole)} if whole else {}
 
     def compute(self) -> list[Score]:
         """Scores over categories that occur in truth or prediction; groups without such a category are left out."""

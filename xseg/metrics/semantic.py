@@ -16,18 +16,16 @@ class MeanIoU:
         self.counts: list[np.ndarray] = []
         """Per image (categories, 3): intersection, predicted and true pixels."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count one image; a prediction without a map has no pixel of any category."""
-        self.counts.append(count(prediction, sample))
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one image: its own mIoU; a prediction without a map has no pixel of any category."""
+        counts = count(prediction, sample)
+        self.counts.append(counts)
+        value = float(_fold(counts.ravel())[0])
+        return {} if np.isnan(value) else {"mIoU": value}
 
     def __iadd__(self, other: Self) -> Self:
         self.counts += other.counts
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """mIoU of one image."""
-        value = float(_fold(count(prediction, sample).ravel())[0])
-        return {} if np.isnan(value) else {"mIoU": value}
 
     def compute(self) -> list[Score]:
         """One score, or none without any annotated pixel."""
