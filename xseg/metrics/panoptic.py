@@ -102,16 +102,9 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
 
 def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (1 + instances, 1 + segments) int64 pixels that each pair shares; row and column 0 = void."""
-    id_map = None if sample.masks is None else sample.masks.id_map
-    true_map = truth.segment_map(sample) if id_map is None else id_map
-    found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
-    if found_map.shape != true_map.shape:
-        raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
-    starts, lengths = truth.stretches(true_map, found_map)
-    pairs = true_map.ravel().take(starts)
-    pairs = pairs.astype(np.int64) if id_map is None else truth.numbered(sample, pairs)
+    found = np.zeros(truth.size_of(sample), np.int32) if prediction.panoptic is None else prediction.panoptic
+    true, found, lengths = truth.against(sample, found)
     rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
-    pairs *= columns
-    pairs += found_map.ravel().take(starts)
     # counted as floats, which are exact far beyond the pixels of a picture
-    return np.bincount(pairs, lengths, rows * columns).astype(np.int64).reshape(rows, columns)
+    counts = np.bincount(true * columns + found, lengths, rows * columns)
+    return counts.astype(np.int64).reshape(rows, columns)

@@ -65,6 +65,21 @@ def segment_map(sample: Sample) -> np.ndarray:
     return np.repeat(numbered(sample, masks.id_map.ravel().take(starts)), lengths).reshape(masks.size)
 
 
+def against(sample: Sample, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hold a predicted (H, W) map against the annotation, by the stretches in which neither changes, (n,) each.
+
+    Returns the instance of each stretch (0 = void, else 1 + index into ``sample.instances``), its predicted value, and
+    its length in pixels. ValueError, naming the sample, for a map of another size.
+    """
+    id_map = None if sample.masks is None else sample.masks.id_map
+    true = segment_map(sample) if id_map is None else id_map
+    if found.shape != true.shape:
+        raise ValueError(f"{sample.key}: the predicted map is {found.shape}, the annotation is {true.shape}")
+    starts, lengths = stretches(true, found)
+    values = true.ravel().take(starts)
+    return values if id_map is None else numbered(sample, values), found.ravel().take(starts), lengths
+
+
 def numbered(sample: Sample, ids: np.ndarray) -> np.ndarray:
     """Return (n,) int64 for (n,) ids of the sample's id map: 1 + index of the instance, 0 = none has this id."""
     assert sample.masks is not None
