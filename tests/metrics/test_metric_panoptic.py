@@ -170,7 +170,19 @@ def test_rle_truth_paints_crowd_below_and_equals_the_id_map() -> None:
     over = truth.encode(id_map >= 8)  # the crowd region reaches below segment 8
     by_rle = Sample("r", (), id_map.shape, Masks(id_map.shape, (over, *rles[1:])), by_map.instances, CATEGORIES)
     assert (truth.segment_map(by_map) == truth.segment_map(by_rle)).all()
+    assert truth.segment_map(by_map).dtype == truth.segment_map(by_rle).dtype == np.int32
     assert truth.segment_map(by_map).tolist() == row((2, 6), (3, 4), (1, 5)).tolist()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16, 63, 64, 65, 200])
+def test_stretches_of_any_length_are_those_counted_pixel_by_pixel(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for chance in (0.02, 0.3, 1.0):
+        one, two = (np.cumsum(rng.random((1, size)) < chance, axis=1, dtype=np.int32) for _ in range(2))
+        pairs = list(zip(one[0].tolist(), two[0].tolist(), strict=True))
+        want = [k for k in range(size) if k == 0 or pairs[k] != pairs[k - 1]]
+        starts, lengths = truth.stretches(one, two)
+        assert starts.tolist() == want and (starts + lengths).tolist() == [*want[1:], size][: len(want)]
 
 
 def test_mean_iou_by_hand() -> None:

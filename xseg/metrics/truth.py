@@ -62,7 +62,8 @@ def segment_map(sample: Sample) -> np.ndarray:
             out[mask(masks, sample.instances[i].mask)] = i + 1
         return out
     starts, lengths = stretches(masks.id_map)
-    return np.repeat(numbered(sample, masks.id_map.ravel().take(starts)), lengths).reshape(masks.size)
+    numbers = numbered(sample, masks.id_map.ravel().take(starts)).astype(np.int32)
+    return np.repeat(numbers, lengths).reshape(masks.size)
 
 
 def against(sample: Sample, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
