@@ -32,11 +32,11 @@ def test_normalised_equality(said: str, meant: str, same: bool) -> None:
 def test_scores_per_kind_and_merge() -> None:
     left, right = ExactMatch(), ExactMatch()
     for k, (said, meant, kind) in enumerate([("2", "2", "count"), ("3", "2", "count"), ("Red.", "red", "colour")]):
-        (left if k else right).update(Prediction("q", text=said), asked(meant, kind, k + 1))
+        own = (left if k else right).update(Prediction("q", text=said), asked(meant, kind, k + 1))
+        assert own == {"exact match": 0 if said == "3" else 100}
     left += right
     got = {s.metric: (round(s.value, 3), s.n) for s in left.compute()}
     assert got == {"exact match": (66.667, 3), "exact match:count": (50, 2), "exact match:colour": (100, 1)}
-    assert left.per_sample(Prediction("q", text="2"), asked("2")) == {"exact match": 100}
     assert ExactMatch().compute() == []
 
 

@@ -102,9 +102,10 @@ def test_merge_and_recall_per_sample() -> None:
     left += right
     assert [s.value for s in left.compute()] == [s.value for s in whole.compute()]
     sample, _ = pairs[0]
-    perfect = tuple(Segment(a["segmentation"], a["category_id"]) for a in annotations(sample))
-    assert whole.per_sample(Prediction("x", perfect), sample) == {"recall50": 100}
-    assert whole.per_sample(Prediction("x"), sample) == {"recall50": 0}
+    perfect = tuple(Segment(a["segmentation"], a["category_id"]) for a in annotations(sample) if not a["iscrowd"])
+    assert whole.update(Prediction("x", perfect), sample) == {"recall50": 100}
+    assert whole.update(Prediction("x", perfect[1:]), sample) == {"recall50": 100 * (len(perfect) - 1) / len(perfect)}
+    assert whole.update(Prediction("x"), sample) == {"recall50": 0}
 
 
 def test_the_interval_is_cheap() -> None:

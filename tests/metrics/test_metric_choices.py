@@ -47,14 +47,14 @@ def test_a_question_is_right_when_every_order_is() -> None:
     assert got["circular accuracy"].value == pytest.approx(200 / 3) and got["circular accuracy"].n == 3
     assert "exact matching" in got["accuracy"].protocol
     plain = Letters()
-    plain.update(*case("A", "A"))
+    assert plain.update(*case("A", "A")) == {"accuracy": 100}
     assert list(scores(plain)) == ["accuracy"] and Letters().compute() == []
 
 
 def test_accuracy_per_picture_and_f1() -> None:
     metric, other = YesNo(), YesNo()
-    metric.update(*case("yes", "Yes", "a"))
-    metric.update(*case("yes", "No", "a"))
+    assert metric.update(*case("yes", "Yes", "a")) == {"accuracy": 100}
+    assert metric.update(*case("yes", "No", "a")) == {"accuracy": 0}
     other.update(*case("no", "Yes", "b"))
     other.update(*case("no", "No", "b"))
     other.update(*case("Yes, there is", "Yes", "c"))
@@ -63,7 +63,6 @@ def test_accuracy_per_picture_and_f1() -> None:
     assert got["accuracy"].value == pytest.approx(60) and got["accuracy"].n == 5
     assert got["F1"].value == pytest.approx(100 * 4 / 6)  # 2 right yes, 3 said, 3 annotated
     assert got["accuracy+"].value == pytest.approx(100 / 3) and got["accuracy+"].n == 3
-    assert metric.per_sample(*case("no", "No")) == {"accuracy": 100}
 
 
 def test_the_sums_of_mme() -> None:

@@ -47,7 +47,7 @@ def scores(metric: GroundedCaption) -> dict[str, Score]:
 
 def test_masks_by_hand() -> None:
     metric = GroundedCaption()
-    metric.update(FOUND, TRUE)
+    assert metric.update(FOUND, TRUE) == {"mIoU": pytest.approx(80), "recall": pytest.approx(100 / 3)}
     got = scores(metric)
     # pairs: the cat on the left dog 4/4, the wall on the grass 6/10; the right dog has none
     assert got["mIoU"].value == pytest.approx(100 * (1 + 0.6) / 2) and got["mIoU"].n == 1
@@ -58,7 +58,6 @@ def test_masks_by_hand() -> None:
     assert got["AP50"].value == pytest.approx(100 * 67 / 101)
     assert "CIDEr" not in got and "METEOR" not in got, "one caption has no document frequencies"
     assert all(s.protocol for s in got.values())
-    assert metric.per_sample(FOUND, TRUE) == {"mIoU": pytest.approx(80), "recall": pytest.approx(100 / 3)}
 
 
 def test_an_answer_without_masks_counts_against_the_model() -> None:

@@ -71,7 +71,8 @@ def test_ignored_pixels_and_missing_masks() -> None:
     assert scores(metric)["cIoU"].value == 100
     metric.update(*case([((0,), ""), ((1,), "")], [(0, 10)]))  # the answer held one <SEG> only
     assert scores(metric)["cIoU"].value == pytest.approx(100 * 18 / 22)
-    assert metric.per_sample(*case([((0,), ""), ((1,), "")], [(0, 5)])) == {"gIoU": 25}
+    assert metric.update(*case([((0,), ""), ((1,), "")], [(0, 5)])) == {"gIoU": 25}
+    assert PhraseIoU("object").update(*case([((0,), "")], [(0, 5)])) == {"mIoU": 50}
 
 
 def test_interval_resamples_images_not_sentences() -> None:

@@ -57,14 +57,14 @@ def test_rows_by_hand() -> None:
     assert got["selection gap:1-2 words"].n == got["selection gap:3-5 words"].n == got["selection gap:6+ words"].n == 1
     assert got["oracle IoU:cat"].value == pytest.approx(90) and got["oracle IoU:dog"].n == 1
     assert all(0 <= low <= high <= 100 for s in got.values() if s.ci95 for low, high in [s.ci95])
-    assert metric.per_sample(Prediction("s", extra={"oracle": (small,)}), SAMPLE) == {
+    assert metric.update(Prediction("s", extra={"oracle": (small,)}), SAMPLE) == {
         "oracle IoU": 80,
         "selection gap": pytest.approx(60),
     }
 
 
 def test_predictions_without_pairs_do_not_count() -> None:
-    assert scored(()).compute() == [] and OracleGap().per_sample(Prediction("s"), SAMPLE) == {}
+    assert scored(()).compute() == [] and OracleGap().update(Prediction("s"), SAMPLE) == {}
     one = {s.metric for s in scored((Pair("", 0, 9, 1, 1),)).compute()}
     assert one == {"oracle IoU", "chosen IoU", "selection gap", "oracle IoU:small", "selection gap:small"}
 

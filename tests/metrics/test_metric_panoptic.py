@@ -45,14 +45,13 @@ def test_hand_count_with_void_crowd_and_misses() -> None:
     # a "cat" on the crowd with 4 px of void: ignored. A "dog" on 6 void and 1 grass pixel too. Grass: 9 px.
     found = row((1, 8), (2, 7), (0, 5), (3, 10), (3, 4), (4, 6), (4, 1), (5, 9))
     metric = PanopticQuality()
-    metric.update(prediction_of(found, (0, 1, 0, 1, 2)), true)
+    assert metric.update(prediction_of(found, (0, 1, 0, 1, 2)), true) == {"PQ": pytest.approx(100 * 1.7 / 3)}
     got = scores(metric)
     assert got["PQ things"].value == pytest.approx(100 * (0.8 + 0) / 2)
     assert got["PQ stuff"].value == pytest.approx(90)
     assert got["PQ"].value == pytest.approx(100 * (0.8 + 0 + 0.9) / 3)
     assert got["RQ"].value == pytest.approx(100 * 2 / 3)
     assert got["SQ"].value == pytest.approx(100 * (0.8 + 0 + 0.9) / 3)
-    assert metric.per_sample(prediction_of(found, (0, 1, 0, 1, 2)), true)["PQ"] == pytest.approx(100 * 1.7 / 3)
 
 
 def test_a_wrong_category_is_one_miss_and_one_false_find() -> None:
@@ -171,7 +170,19 @@ def test_rle_truth_paints_crowd_below_and_equals_the_id_map() -> None:
     over = truth.encode(id_map >= 8)  # the crowd region reaches below segment 8
     by_rle = Sample("r", (), id_map.shape, Masks(id_map.shape, (over, *rles[1:])), by_map.instances, CATEGORIES)
     assert (truth.segment_map(by_map) == truth.segment_map(by_rle)).all()
+    assert truth.segment_map(by_map).dtype == truth.segment_map(by_rle).dtype == np.int32
     assert truth.segment_map(by_map).tolist() == row((2, 6), (3, 4), (1, 5)).tolist()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 16, 63, 64, 65, 200])
+def test_stretches_of_any_length_are_those_counted_pixel_by_pixel(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for chance in (0.02, 0.3, 1.0):
+        one, two = (np.cumsum(rng.random((1, size)) < chance, axis=1, dtype=np.int32) for _ in range(2))
+        pairs = list(zip(one[0].tolist(), two[0].tolist(), strict=True))
+        want = [k for k in range(size) if k == 0 or pairs[k] != pairs[k - 1]]
+        starts, lengths = truth.stretches(one, two)
+        assert starts.tolist() == want and (starts + lengths).tolist() == [*want[1:], size][: len(want)]
 
 
 def test_mean_iou_by_hand() -> None:
@@ -179,10 +190,11 @@ def test_mean_iou_by_hand() -> None:
     # cat: 6 of 10 px, 2 on grass -> 6/12; grass 8 of 10, and 3 px of the cat -> 8/13; void and the dog on it are free
     found = row((1, 6), (2, 3), (0, 1), (1, 2), (2, 8), (3, 10))
     metric = MeanIoU()
-    metric.update(prediction_of(found, (0, 2, 1)), true)
-    assert scores(metric)["mIoU"].value == pytest.approx(100 * (6 / 12 + 8 / 13) / 2)
+    own = metric.update(prediction_of(found, (0, 2, 1)), true)
+    assert own == {"mIoU": scores(metric)["mIoU"].value} == {"mIoU": pytest.approx(100 * (6 / 12 + 8 / 13) / 2)}
     metric.update(Prediction("s"), true)
     assert scores(metric)["mIoU"].value == pytest.approx(100 * (6 / 22 + 8 / 23) / 2)
+    assert MeanIoU().update(Prediction("s"), sample_of(row((0, 10)), {})) == {}, "no pixel is annotated"
 
 
 def test_wrong_shape_is_an_error_that_names_the_sample() -> None:

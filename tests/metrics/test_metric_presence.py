@@ -62,11 +62,10 @@ def test_nothing_without_both_kinds_of_phrase() -> None:
 
 def test_a_missing_segment_has_probability_zero_and_halves_merge() -> None:
     metric = Presence()
-    metric.update(Prediction("s"), Sample("s", (), (1, 1), phrases=(Phrase("a", (0,)), Phrase("b"))))
+    assert metric.update(Prediction("s"), Sample("s", (), (1, 1), phrases=(Phrase("a", (0,)), Phrase("b")))) == {}
     assert values(metric)["T-acc@0.3"].value == 0 and values(metric)["N-acc@0.3"].value == 100
     whole, left = scored(*ROWS), scored(*ROWS[:2])
     right = Presence()
     right.phrases = whole.phrases[len(left.phrases) :]
     left += right
     assert left.compute() == whole.compute()
-    assert metric.per_sample(Prediction("s"), Sample("s", ())) == {}

@@ -61,8 +61,8 @@ def test_pixels_that_do_not_count() -> None:
     prediction, sample = frame("a", [block(10, 10, 8)], [block(10, 10, 8) | block(30, 30, 8)])
     ignoring = Sample(**{**sample.__dict__, "ignore": truth.encode(block(29, 29, 10))})
     metric = RegionAndOutline()
-    assert metric.per_sample(prediction, sample)["J&F"] < 90
-    assert metric.per_sample(prediction, ignoring) == {"J&F": 100}
+    assert metric.update(prediction, sample)["J&F"] < 90
+    assert metric.update(prediction, ignoring) == {"J&F": 100}
 
 
 def test_equals_the_benchmark_on_real_clips() -> None:

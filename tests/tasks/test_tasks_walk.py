@@ -99,9 +99,9 @@ def test_evaluation_reaches_the_metrics_and_merges(name: str, encoder: Encoder, 
     whole, first, second = task.metrics(), task.metrics(), task.metrics()
     for k, (sample, prediction) in enumerate(pairs):
         for m, metric in enumerate(whole):
-            metric.update(prediction, sample)
-            (first if k < 1 else second)[m].update(prediction, sample)
-            assert all(0 <= v <= 100 for v in metric.per_sample(prediction, sample).values())
+            own = metric.update(prediction, sample)
+            assert own == (first if k < 1 else second)[m].update(prediction, sample), "earlier samples play no part"
+            assert all(0 <= v <= 100 for v in own.values())
     for left, right, metric in zip(first, second, whole, strict=True):
         left += right
         assert left.compute() == metric.compute()

@@ -25,6 +25,7 @@ from xseg.infer.baselines import blind_guess, samples
 from xseg.infer.predictor import LEAST_SCORE, Predictor, device
 from xseg.infer.ranks import ALONE, Ranks
 from xseg.infer.summary import summary
+from xseg.metrics import Metric
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -56,7 +57,7 @@ class Evaluation:
 class _Part:
     """What one process makes of its stretch of a row."""
 
-    metrics: list[Any]
+    metrics: list[Metric]
     lines: list[str]
     """Its lines of samples.jsonl, but rank 0's, which writes them at once."""
     seconds: float = 0.0
@@ -246,8 +247,7 @@ def _score_stretch(
         for index, (sample, prediction) in zip(indices, pairs, strict=True):
             scores: dict[str, float] = {}
             for metric in part.metrics:
-                metric.update(prediction, sample)
-                scores |= metric.per_sample(prediction, sample)
+                scores |= metric.update(prediction, sample)
             line = json.dumps({"key": sample.key, **place, "index": index, **record(prediction, scores)}) + "\n"
             if run.ranks.first:
                 lines.write(line)

@@ -34,18 +34,15 @@ class ExactMatch:
         self.answers: list[tuple[str, str, bool]] = []
         """(image, kind, right) per sample."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Compare one answer."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Compare one answer: 100 or 0."""
         right = normalise(prediction.text) == normalise(target(sample))
         self.answers.append((str(sample.image_id), sample.kind, right))
+        return {"exact match": 100.0 * right}
 
     def __iadd__(self, other: Self) -> Self:
         self.answers += other.answers
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """100 or 0."""
-        return {"exact match": 100.0 * (normalise(prediction.text) == normalise(target(sample)))}
 
     def compute(self) -> list[Score]:
         """The share over all samples, then per kind of question."""

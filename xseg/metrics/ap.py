@@ -27,8 +27,14 @@ class AveragePrecision:
         self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = []
         """Per image: annotations, detections, (H, W)."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Take the detections of one image."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Take the detections of one image: the part of its things that they find, as AP has no value for one image."""
+        self.add(prediction, sample)
+        true, found, _ = self.images[-1]
+        return recall(true, found)
+
+    def add(self, prediction: Prediction, sample: Sample) -> None:
+        """Take the detections of one image without a score of its own, which costs more than taking them."""
         assert sample.categories is not None
         self.categories = sample.categories
         size = truth.size_of(sample)
@@ -38,16 +44,6 @@ class AveragePrecision:
         self.categories = self.categories or other.categories
         self.images += other.images
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """Part of the annotated things that some detection of their category covers with IoU >= 0.5."""
-        things = [a for a in annotations(sample) if not a["iscrowd"]]
-        found = candidates(prediction)
-        hits = 0
-        for thing in things:
-            same = [dict(s.mask) for s in found if s.category == thing["category_id"]]
-            hits += bool(same and np.max(coco_mask.iou(same, [thing["segmentation"]], [0])) >= 0.5)
-        return {"recall50": 100 * hits / len(things)} if things else {}
 
     def compute(self) -> list[Score]:
         """AP and AP50, or nothing when no thing is annotated."""
@@ -73,6 +69,16 @@ class AveragePrecision:
             text += f"; {self.note}" if self.note else ""
             out.append(Score(metric, 100 * result["metrics_b"][metric], len(self.images), text, interval))
         return out
+
+
+def recall(true: list[dict[str, Any]], found: list[dict[str, Any]]) -> dict[str, float]:
+    """Part of the annotated things that some detection of their category covers with IoU >= 0.5; no thing, no part."""
+    things = [a for a in true if not a["iscrowd"]]
+    hits = 0
+    for thing in things:
+        same = [d["segmentation"] for d in found if d["category_id"] == thing["category_id"]]
+        hits += bool(same and np.max(coco_mask.iou(same, [thing["segmentation"]], [0])) >= 0.5)
+    return {"recall50": 100 * hits / len(things)} if things else {}
 
 
 def candidates(prediction: Prediction) -> tuple[Segment, ...]:

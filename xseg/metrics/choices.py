@@ -46,22 +46,15 @@ class Letters:
         self.answers: list[tuple[str, bool]] = []
         """(question, right) per sample."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Compare one answer."""
-        self.answers.append((str(sample.image_id), self.right(prediction, sample)))
-
-    @staticmethod
-    def right(prediction: Prediction, sample: Sample) -> bool:
-        """Whether the answer begins with the right option."""
-        return letter(prediction.text) == target(sample).strip().upper()
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Compare the option an answer begins with: 100 or 0."""
+        right = letter(prediction.text) == target(sample).strip().upper()
+        self.answers.append((str(sample.image_id), right))
+        return {"accuracy": 100.0 * right}
 
     def __iadd__(self, other: Self) -> Self:
         self.answers += other.answers
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """100 or 0."""
-        return {"accuracy": 100.0 * self.right(prediction, sample)}
 
     def compute(self) -> list[Score]:
         """The share of rows; where questions come in several orders, also that of questions."""
@@ -89,18 +82,15 @@ class YesNo:
         self.answers: list[tuple[str, str, str, str]] = []
         """(kind, picture, annotated, said) per sample."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Compare one answer."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Compare one answer: 100 or 0."""
         said, wanted = yes_or_no(prediction.text), yes_or_no(target(sample))
         self.answers.append((sample.kind, str(sample.image_id), wanted, said))
+        return {"accuracy": 100.0 * (said == wanted)}
 
     def __iadd__(self, other: Self) -> Self:
         self.answers += other.answers
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """100 or 0."""
-        return {"accuracy": 100.0 * (yes_or_no(prediction.text) == yes_or_no(target(sample)))}
 
     def compute(self) -> list[Score]:
         """All questions, then MME's sums, then the accuracy per kind of question."""

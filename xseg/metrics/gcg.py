@@ -45,20 +45,17 @@ class GroundedCaption:
         self.captions: list[Caption] = []
         self.masks = AveragePrecision()
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count one image."""
-        self.captions.append(compare(prediction, sample))
-        self.masks.update(*_without_classes(prediction, sample))
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one image: its mIoU and recall."""
+        found = compare(prediction, sample)
+        self.captions.append(found)
+        self.masks.add(*_without_classes(prediction, sample))
+        return {"mIoU": 100 * found.miou, "recall": 100 * found.hits / max(1, found.annotated)}
 
     def __iadd__(self, other: Self) -> Self:
         self.captions += other.captions
         self.masks += other.masks
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """mIoU and recall of one image."""
-        found = compare(prediction, sample)
-        return {"mIoU": 100 * found.miou, "recall": 100 * found.hits / max(1, found.annotated)}
 
     def notes(self) -> list[str]:
         """What is left out and why."""

@@ -53,18 +53,19 @@ class PhraseIoU:
         self.unit, self.note = unit, note
         self.sentences: list[Sentence] = []
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count every phrase of a sample against the segment of the same place; a missing segment is empty."""
-        self.sentences += sentences(prediction, sample)
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count every phrase of a sample against the segment of the same place; a missing segment is empty.
+
+        The sample's own score is the mean IoU over its phrases.
+        """
+        found = sentences(prediction, sample)
+        self.sentences += found
+        name = "mIoU" if self.unit == "object" else "gIoU"
+        return {name: 100 * float(np.mean([s.iou for s in found]))} if found else {}
 
     def __iadd__(self, other: Self) -> Self:
         self.sentences += other.sentences
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """Mean IoU over the phrases of one sample."""
-        found, name = sentences(prediction, sample), "mIoU" if self.unit == "object" else "gIoU"
-        return {name: 100 * float(np.mean([s.iou for s in found]))} if found else {}
 
     def compute(self) -> list[Score]:
         """All scores, then cIoU and gIoU per kind; scores without a sentence are left out."""

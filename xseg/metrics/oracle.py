@@ -86,21 +86,18 @@ class OracleGap:
         self.pairs: list[tuple[str, Pair]] = []
         """(image, pair) per target."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Take the pairs of one sample."""
-        self.pairs += [(str(sample.image_id), pair) for pair in prediction.extra.get("oracle", ())]
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Take the pairs of one sample: the oracle IoU and the gap over its targets."""
+        found: Sequence[Pair] = prediction.extra.get("oracle", ())
+        if not found:
+            return {}
+        self.pairs += [(str(sample.image_id), pair) for pair in found]
+        best, chosen = (float(np.mean(v)) for v in ([p.best for p in found], [p.chosen for p in found]))
+        return {"oracle IoU": 100 * best, "selection gap": 100 * (best - chosen)}
 
     def __iadd__(self, other: Self) -> Self:
         self.pairs += other.pairs
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """The same over the targets of one sample."""
-        found: Sequence[Pair] = prediction.extra.get("oracle", ())
-        if not found:
-            return {}
-        best, chosen = (float(np.mean(v)) for v in ([p.best for p in found], [p.chosen for p in found]))
-        return {"oracle IoU": 100 * best, "selection gap": 100 * (best - chosen)}
 
     def compute(self) -> list[Score]:
         """Three rows over all targets, then the oracle IoU and the gap of every group that occurs."""

@@ -24,22 +24,23 @@ class PanopticQuality:
         self.counts: list[np.ndarray] = []
         """Per image (categories, 4): sum of matched IoU, TP, FP, FN."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count one image; a prediction without a map counts as all void."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one image; a prediction without a map counts as all void.
+
+        The image's own PQ takes all its segments as one category.
+        """
         assert sample.categories is not None
         self.categories = sample.categories
-        self.counts.append(count(prediction, sample))
+        counts = count(prediction, sample)
+        self.counts.append(counts)
+        iou, tp, fp, fn = counts.sum(axis=0)
+        whole = tp + (fp + fn) / 2
+        return {"PQ": 100 * float(iou / whole)} if whole else {}
 
     def __iadd__(self, other: Self) -> Self:
         self.categories = self.categories or other.categories
         self.counts += other.counts
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """PQ of one image, all its segments as one category."""
-        iou, tp, fp, fn = count(prediction, sample).sum(axis=0)
-        whole = tp + (fp + fn) / 2
-        return {"PQ": 100 * float(iou / whole)} if whole else {}
 
     def compute(self) -> list[Score]:
         """Scores over categories that occur in truth or prediction; groups without such a category are left out."""
@@ -74,44 +75,36 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     assert sample.categories is not None
     joint = overlaps(prediction, sample)
     true_area, found_area, void = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist(), joint[0].tolist()
-    rows, columns = np.nonzero(joint[1:, 1:])
-    sums = [[0.0, 0, 0, 0] for _ in sample.categories.names]
+    sums = np.zeros((len(sample.categories.names), 4))
     ignored, true_hits, found_hits = list(void), set(), set()
-    # few of the pairs share a pixel, and fewer a category
-    for a, b, inter in zip(rows.tolist(), columns.tolist(), joint[rows + 1, columns + 1].tolist(), strict=True):
-        true, category = sample.instances[a], prediction.segments[b].category
-        if true.category != category:
-            continue
-        if true.is_crowd:
-            ignored[b + 1] += inter
-            continue
-        union = true_area[a + 1] + found_area[b + 1] - inter - void[b + 1]
-        if 2 * inter > union:
-            sums[category][IOU] += inter / union
-            sums[category][TP] += 1
-            true_hits.add(a)
-            found_hits.add(b)
+    named: dict[int, list[int]] = {}
+    for b, found in enumerate(prediction.segments):
+        named.setdefault(found.category, []).append(b)
     for a, true in enumerate(sample.instances):
+        for b in named.get(true.category, ()):
+            inter = int(joint[a + 1, b + 1])
+            if true.is_crowd:
+                ignored[b + 1] += inter
+                continue
+            union = true_area[a + 1] + found_area[b + 1] - inter - void[b + 1]
+            if 2 * inter > union:
+                sums[true.category, IOU] += inter / union
+                sums[true.category, TP] += 1
+                true_hits.add(a)
+                found_hits.add(b)
         if true_area[a + 1] and not true.is_crowd and a not in true_hits:
-            sums[true.category][FN] += 1
+            sums[true.category, FN] += 1
     for b, found in enumerate(prediction.segments):
         if found_area[b + 1] and b not in found_hits and 2 * ignored[b + 1] <= found_area[b + 1]:
-            sums[found.category][FP] += 1
-    return np.array(sums)
+            sums[found.category, FP] += 1
+    return sums
 
 
 def overlaps(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (1 + instances, 1 + segments) int64 pixels that each pair shares; row and column 0 = void."""
-    id_map = None if sample.masks is None else sample.masks.id_map
-    true_map = truth.segment_map(sample) if id_map is None else id_map
-    found_map = np.zeros_like(true_map) if prediction.panoptic is None else prediction.panoptic
-    if found_map.shape != true_map.shape:
-        raise ValueError(f"{sample.key}: panoptic map is {found_map.shape}, the annotation is {true_map.shape}")
-    starts, lengths = truth.stretches(true_map, found_map)
-    true, found = true_map.ravel().take(starts), found_map.ravel().take(starts)
-    if id_map is not None:
-        true = truth.numbered(sample, true)
+    found = np.zeros(truth.size_of(sample), np.int32) if prediction.panoptic is None else prediction.panoptic
+    true, found, lengths = truth.against(sample, found)
     rows, columns = len(sample.instances) + 1, len(prediction.segments) + 1
     # counted as floats, which are exact far beyond the pixels of a picture
-    counts = np.bincount(true.astype(np.int64) * columns + found, lengths, rows * columns)
+    counts = np.bincount(true * columns + found, lengths, rows * columns)
     return counts.astype(np.int64).reshape(rows, columns)

@@ -26,19 +26,16 @@ class Presence:
         self.phrases: list[tuple[str, float, bool]] = []
         """(image, probability, there) per phrase."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count every phrase of a sample; one without a segment has probability 0."""
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count every phrase of a sample; one without a segment has probability 0, and a probability is no score."""
         for k, phrase in enumerate(sample.phrases):
             score = prediction.segments[k].score if k < len(prediction.segments) else 0.0
             self.phrases.append((str(sample.image_id), float(score), bool(phrase.instances)))
+        return {}
 
     def __iadd__(self, other: Self) -> Self:
         self.phrases += other.phrases
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """Nothing: a probability is no score."""
-        return {}
 
     def compute(self) -> list[Score]:
         """All rows, or none without both kinds of phrase."""

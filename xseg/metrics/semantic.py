@@ -16,18 +16,16 @@ class MeanIoU:
         self.counts: list[np.ndarray] = []
         """Per image (categories, 3): intersection, predicted and true pixels."""
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count one image; a prediction without a map has no pixel of any category."""
-        self.counts.append(count(prediction, sample))
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one image: its own mIoU; a prediction without a map has no pixel of any category."""
+        counts = count(prediction, sample)
+        self.counts.append(counts)
+        value = float(_fold(counts.ravel())[0])
+        return {} if np.isnan(value) else {"mIoU": value}
 
     def __iadd__(self, other: Self) -> Self:
         self.counts += other.counts
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """mIoU of one image."""
-        value = float(_fold(count(prediction, sample).ravel())[0])
-        return {} if np.isnan(value) else {"mIoU": value}
 
     def compute(self) -> list[Score]:
         """One score, or none without any annotated pixel."""
@@ -43,14 +41,13 @@ def count(prediction: Prediction, sample: Sample) -> np.ndarray:
     """Return (categories, 3) pixels of one image: intersection, predicted, true."""
     assert sample.categories is not None
     classes = len(sample.categories.names)
-    lut = np.array([-1, *(i.category for i in sample.instances)], np.int64)
-    true = lut[truth.segment_map(sample)]
-    found = np.full_like(true, -1) if prediction.semantic is None else prediction.semantic
-    if found.shape != true.shape:
-        raise ValueError(f"{sample.key}: semantic map is {found.shape}, the annotation is {true.shape}")
-    true, found = true[true >= 0], found[true >= 0]
-    columns = (true[true == found], found[found >= 0], true)
-    return np.stack([np.bincount(c, minlength=classes) for c in columns], axis=-1).astype(float)
+    none = np.full(truth.size_of(sample), -1, np.int32)
+    instances, found, lengths = truth.against(sample, none if prediction.semantic is None else prediction.semantic)
+    true = np.array([-1, *(i.category for i in sample.instances)], np.int64).take(instances)
+    known = true >= 0
+    columns = ((true, known & (true == found)), (found, known & (found >= 0)), (true, known))
+    # counted as floats, which are exact far beyond the pixels of a picture
+    return np.stack([np.bincount(c[some], lengths[some], classes) for c, some in columns], axis=-1)
 
 
 def _fold(sums: np.ndarray) -> np.ndarray:

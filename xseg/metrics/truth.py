@@ -62,21 +62,38 @@ def segment_map(sample: Sample) -> np.ndarray:
             out[mask(masks, sample.instances[i].mask)] = i + 1
         return out
     starts, lengths = stretches(masks.id_map)
-    return np.repeat(numbered(sample, masks.id_map.ravel().take(starts)), lengths).reshape(masks.size)
+    numbers = numbered(sample, masks.id_map.ravel().take(starts)).astype(np.int32)
+    return np.repeat(numbers, lengths).reshape(masks.size)
+
+
+def against(sample: Sample, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hold a predicted (H, W) map against the annotation, by the stretches in which neither changes, (n,) each.
+
+    Returns the instance of each stretch (0 = void, else 1 + index into ``sample.instances``), its predicted value, and
+    its length in pixels. ValueError, naming the sample, for a map of another size.
+    """
+    id_map = None if sample.masks is None else sample.masks.id_map
+    true = segment_map(sample) if id_map is None else id_map
+    if found.shape != true.shape:
+        raise ValueError(f"{sample.key}: the predicted map is {found.shape}, the annotation is {true.shape}")
+    starts, lengths = stretches(true, found)
+    values = true.ravel().take(starts)
+    return values if id_map is None else numbered(sample, values), found.ravel().take(starts), lengths
 
 
 def numbered(sample: Sample, ids: np.ndarray) -> np.ndarray:
-    """Return (n,) int32 for (n,) ids of the sample's id map: 1 + index of the instance, 0 = none has this id."""
+    """Return (n,) int64 for (n,) ids of the sample's id map: 1 + index of the instance, 0 = none has this id."""
     assert sample.masks is not None
     own = [sample.masks.ids[i.mask] for i in sample.instances]
     side = 256
     # a few ids are told apart by their last bits, which makes looking them up one step instead of a search
     while len({i & (side - 1) for i in own}) < len(own):
         side *= 2
-    table = np.zeros(side, np.int32)
+    table = np.zeros(side, np.int64)
     table[[i & (side - 1) for i in own]] = np.arange(1, len(own) + 1)
     at = table.take(ids & (side - 1))
-    return np.where(np.array([-1, *own], ids.dtype).take(at) == ids, at, 0)
+    at *= np.array([-1, *own], ids.dtype).take(at) == ids
+    return at
 
 
 def stretches(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +102,16 @@ def stretches(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Places are those of the raveled maps. Label maps have few stretches for their pixels, so that what is looked up or
     counted per stretch costs a small part of what it would per pixel.
     """
-    flat = [m.ravel() for m in maps]
-    changes = flat[0][1:] != flat[0][:-1]
-    for other in flat[1:]:
-        changes |= other[1:] != other[:-1]
-    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    return starts, np.diff(starts, append=flat[0].size)
+    first, *others = (m.ravel() for m in maps)
+    size = first.size
+    begins = np.empty(-(-size // 8) * 8, bool)
+    begins[:1], begins[size:] = True, False
+    np.not_equal(first[1:], first[:-1], out=begins[1:size])
+    for other in others:
+        begins[1:size] |= other[1:] != other[:-1]
+    # eight pixels are looked at as one word: most stretches are longer, so that most words are passed over at once
+    words = begins.view(np.uint64)
+    some = np.flatnonzero(words != 0)
+    within = np.flatnonzero(words.take(some).view(bool))
+    starts = (8 * some).take(within >> 3) + (within & 7)
+    return starts, np.ediff1d(starts, to_end=size - starts[-1:])

@@ -42,18 +42,15 @@ class RegionAndOutline:
     def __init__(self) -> None:
         self.frames: list[Frame] = []
 
-    def update(self, prediction: Prediction, sample: Sample) -> None:
-        """Count every object of one frame; a missing segment is empty."""
-        self.frames += frames(prediction, sample)
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count every object of one frame: the mean J&F over them; a missing segment is empty."""
+        found = frames(prediction, sample)
+        self.frames += found
+        return {"J&F": 50 * float(np.mean([o.j + o.f for o in found]))} if found else {}
 
     def __iadd__(self, other: Self) -> Self:
         self.frames += other.frames
         return self
-
-    def per_sample(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
-        """J&F of one frame, mean over its objects."""
-        found = frames(prediction, sample)
-        return {"J&F": 50 * float(np.mean([o.j + o.f for o in found]))} if found else {}
 
     def compute(self) -> list[Score]:
         """Three scores over objects; intervals by resampling clips."""

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from xseg.errors import UserError
+from xseg.metrics import Metric
 from xseg.metrics.answers import ExactMatch
 from xseg.metrics.choices import Letters, YesNo
 from xseg.tasks import base
@@ -51,9 +52,10 @@ class Task(base.Base):
         """Keep the generated text."""
         return Prediction(sample.key, text=text)
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """Exact match of texts per kind of question, of letters, or of yes and no."""
-        return [{"text": ExactMatch, "letter": Letters, "yes_no": YesNo}[self.answers]()]
+        kinds: dict[str, type[Metric]] = {"text": ExactMatch, "letter": Letters, "yes_no": YesNo}
+        return [kinds[self.answers]()]
 
     @staticmethod
     def example() -> Sample:

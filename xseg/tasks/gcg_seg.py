@@ -11,6 +11,7 @@ from pydantic import Field
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.metrics import Metric
 from xseg.metrics.gcg import GroundedCaption
 from xseg.metrics.oracle import OracleGap
 from xseg.tasks import base, phrasing
@@ -94,7 +95,7 @@ class Task(base.Base):
         sure = postprocess.sure(masks, logits, g, concept=best.category, least=self.join, threshold=self.mask_threshold)
         return sure or [best]
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """METEOR, CIDEr, AP50, mIoU, recall, and the oracle gap."""
         return [GroundedCaption(), OracleGap()]
 

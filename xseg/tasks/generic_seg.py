@@ -10,7 +10,7 @@ import numpy as np
 from xseg import postprocess
 from xseg.errors import UserError
 from xseg.geometry.masks import encode
-from xseg.metrics import truth
+from xseg.metrics import Metric, truth
 from xseg.metrics.ap import AveragePrecision
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.panoptic import PanopticQuality
@@ -131,10 +131,10 @@ class Task(base.Base):
             extra["oracle"] = base.gap_of_instances(dataclasses.replace(sample, ignore=void), given, mask_logits, g)
         return Prediction(sample.key, named, panoptic=id_map, semantic=semantic, text=text, extra=extra)
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """PQ, AP and mIoU, as far as ``outputs`` has them, and the oracle gap of segments."""
         kinds = {"panoptic": PanopticQuality, "instance": AveragePrecision, "semantic": MeanIoU}
-        scores: list[Any] = [kinds[output]() for output in self.outputs]
+        scores: list[Metric] = [kinds[output]() for output in self.outputs]
         return scores if self.outputs == ("semantic",) else [*scores, OracleGap()]
 
     @staticmethod

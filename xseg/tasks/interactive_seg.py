@@ -12,7 +12,7 @@ from xseg import postprocess
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import prompts, strokes
 from xseg.geometry.masks import decode, encode, row_rle
-from xseg.metrics import oracle
+from xseg.metrics import Metric, oracle
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.video import RegionAndOutline
@@ -111,10 +111,10 @@ class Task(base.Base):
             pairs += base.gap(sample, named, [best.mask], output.mask_logits[-1, row], g)
         return Prediction(sample.key, tuple(segments), extra={"oracle": tuple(pairs)})
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """MIoU and cIoU over objects, per kind of prompt, the oracle gap, and J and F of frames."""
         note = f"prompts: {', '.join(self.kinds)}, as annotated or drawn by the sample's key"
-        scores: list[Any] = [PhraseIoU("object", note), OracleGap()]
+        scores: list[Metric] = [PhraseIoU("object", note), OracleGap()]
         return [*scores, RegionAndOutline()] if self.frames else scores
 
     @staticmethod

@@ -5,10 +5,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry.masks import Rle, row_rle, union
+from xseg.metrics import Metric
 from xseg.metrics.panoptic import PanopticQuality
 from xseg.tasks import generic_seg
 from xseg.types import Categories, Instance, Masks, Sample
@@ -52,7 +53,7 @@ class Task(generic_seg.Task):
                 )
         return sample
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """Those of generic segmentation, and PQ of the unseen names."""
         return [PanopticQuality(self.unseen) if isinstance(m, PanopticQuality) else m for m in super().metrics()]
 

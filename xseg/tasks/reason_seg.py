@@ -3,12 +3,13 @@ mask (X-SAM section 3.1; LISA's ReasonSeg)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from xseg.errors import UserError
+from xseg.metrics import Metric
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
@@ -72,7 +73,7 @@ class Task(base.Base):
         options = {"reject": self.reject, "threshold": self.mask_threshold}
         return masks_of_phrases(output, queries, sample, g, options)
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest without ignored pixels, over all, short and long questions; the oracle gap."""
         return [PhraseIoU(), Presence(), OracleGap()]
 

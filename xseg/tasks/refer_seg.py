@@ -11,7 +11,7 @@ from pydantic import Field
 
 from xseg import postprocess
 from xseg.errors import UserError
-from xseg.metrics import oracle
+from xseg.metrics import Metric, oracle
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
@@ -90,7 +90,7 @@ class Task(base.Base):
         options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
         return masks_of_phrases(output, queries, sample, g, options)
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
         note = f"empty below probability {self._least:.4g}" if self._least else ""
         return [PhraseIoU("sentence" if self.sentences == "each" else "reference", note), Presence(), OracleGap()]

@@ -12,6 +12,7 @@ from xseg import postprocess
 from xseg.errors import UserError
 from xseg.geometry import prompts
 from xseg.geometry.masks import encode
+from xseg.metrics import Metric
 from xseg.metrics.ap import AveragePrecision
 from xseg.metrics.oracle import OracleGap
 from xseg.tasks import base, phrasing
@@ -131,7 +132,7 @@ class Task(base.Base):
         pairs = base.gap_of_instances(sample, [s for s in named if s.score >= SURE], masks, g)
         return Prediction(sample.key, extra={"instances": named, "oracle": pairs})
 
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Metric]:
         """AP and AP50 under the protocol of the options, and the oracle gap."""
         origin = "of the same image"
         if self.prompts_from == "other":
