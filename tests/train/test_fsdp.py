@@ -17,7 +17,7 @@ from xseg import load
 from xseg.errors import UserError
 from xseg.train import assemble, launch
 from xseg.train.__main__ import main
-from xseg.train.consolidate import CUT, weights
+from xseg.train.consolidate import CUT, consolidate, weights
 from xseg.train.stage import check_fsdp, read_stage
 
 TWO = Split(FSDP2, 2)
@@ -62,6 +62,9 @@ def test_a_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
     opened = load(whole / "final")[0].model.state_dict()
     assert opened.keys() == last[0].keys() and all(torch.equal(value, last[0][name]) for name, value in opened.items())
+    assert consolidate(read_stage(str(whole / "final/stage.yaml")), tmp_path / "joined") == 6
+    joined = load(tmp_path / "joined")[0].model.state_dict()
+    assert joined.keys() == opened.keys() and all(torch.equal(value, opened[name]) for name, value in joined.items())
     sealed = json.loads((whole / "checkpoints/step_6/manifest.json").read_text())["files"]
     assert {
         f"{CUT}/.metadata",
