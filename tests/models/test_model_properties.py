@@ -37,6 +37,30 @@ def test_every_trainable_parameter_gets_a_gradient(kind: str, decoder: str) -> N
     assert without_gradient(made, output) == []
 
 
+@pytest.mark.parametrize("decoder", ["fpn", "deformable"])
+def test_gradients_come_in_one_order_and_modules_run_as_often(decoder: str) -> None:
+    """Whatever a batch with a text holds: DeepSpeed counts on it where ranks have other data."""
+    made = model(pixel_decoder=decoder).train()
+    came: list[str] = []
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    for name, module in made.named_modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(lambda *_, name=name: came.append(name))
+    seen = {}
+    for kind, given in kinds().items():
+        came.clear()
+        total(made(given)).backward()
+        if given.input_ids.shape[1]:
+            seen[kind] = list(came)
+    first = seen.pop("categories")
+    assert {"conversation", "words", "mixed"} < seen.keys() and len(set(first)) > 100
+    for kind, order in seen.items():
+        assert not [pair for pair in zip(order, first, strict=False) if pair[0] != pair[1]][:1], kind
+        assert len(order) == len(first), kind
+
+
 def test_what_nothing_reads_is_frozen() -> None:
     frozen = {n for n, p in model().named_parameters() if not p.requires_grad}
     assert {n.split(".")[1] for n in frozen if n.startswith("segmentor")} == {"sam"}

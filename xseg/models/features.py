@@ -15,3 +15,5 @@ class ImageFeatures:
     """(I, h, w, D) the SAM rows as a map, for visual prompts."""
     maps: tuple[Tensor, list[Tensor]] | None
     """Mask features (I, d, h, w) and the maps for the mask decoder."""
+    spare: "ImageFeatures | None" = None
+    """In training what a batch does not ask for, of its first image, or of a black one without any (``touch``)."""

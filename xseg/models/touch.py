@@ -1,7 +1,11 @@
 """A zero that reaches every part a batch did not use.
 
 Under ZeRO a part without a gradient on one rank stops or corrupts the others, and ZeRO-3 applies the last gradient
-again. So each unused part runs once on something tiny, through its modules, and its output is multiplied by zero.
+again. So each unused part runs once on something small, through its modules, and its output is multiplied by zero.
+
+DeepSpeed adds the ranks' gradients up in the order in which each rank gets them, whatever their names, and ZeRO-3
+counts on every module running as often as on the other ranks, in the same order. So what stands before the language
+model runs there, and once, whatever a batch holds: ``XSegModel.encode_images`` sees to it.
 """
 
 import dataclasses
@@ -30,10 +34,11 @@ def touched(model: "XSegModel", output: ModelOutput, features: ImageFeatures, hi
     if hidden is not None:
         # Row 0 of any sample has passed every layer.
         zeros.append(corner(hidden[:, :1]))
-    text, masks = hasattr(model, "llm"), model.config.segmentor_config is not None
-    spare = _picture(model, text=text and features.rows is None, masks=masks and features.maps is None)
-    zeros += [corner(r) for r in (features.rows, spare.rows) if r is not None]
-    if spare.maps is not None:
+    spare = features.spare
+    if features.rows is None and spare is None and hasattr(model, "llm"):
+        spare = picture(model)
+    zeros += [corner(f.rows) for f in (features, spare) if f is not None and f.rows is not None]
+    if features.maps is None and spare is not None and spare.maps is not None:
         zeros += _decoder(model, spare)
     elif output.pixel_logits is not None:
         zeros.append(corner(output.pixel_logits))
@@ -55,14 +60,14 @@ def _words(model: "XSegModel") -> Tensor:
     return llm.hidden_states(model.llm, rows, torch.ones(1, 1, dtype=torch.bool, device=model.device))
 
 
-def _picture(model: "XSegModel", *, text: bool, masks: bool) -> ImageFeatures:
-    """Features of a black picture of a few cells."""
-    sides = []
-    # Four SAM cells a side leave two on the coarsest map: a group norm refuses a single one.
-    for part, cells in ((model.config.siglip_config, 1), (model.config.sam_config, 4)):
-        sides.append(part.patch_size * cells if part is not None else 0)
+def picture(model: "XSegModel") -> ImageFeatures:
+    """Features of a black picture; SAM's is of a few cells."""
+    siglip, sam = model.config.siglip_config, model.config.sam_config
+    # At another size SigLIP would read its table of positions past the module that ZeRO-3 gathers it for. Four SAM
+    # cells a side leave two on the coarsest map: a group norm refuses a single one.
+    sides = (siglip.image_size if siglip is not None else 0, sam.patch_size * 4 if sam is not None else 0)
     small, large = (torch.zeros(1, 3, side, side, device=model.device) for side in sides)
-    return model.encode_images(small, large, text=text, masks=masks)
+    return model.encode_images(small, large)
 
 
 def _decoder(model: "XSegModel", spare: ImageFeatures) -> list[Tensor]:
@@ -71,10 +76,10 @@ def _decoder(model: "XSegModel", spare: ImageFeatures) -> list[Tensor]:
     zero = torch.zeros(1, dtype=torch.long, device=model.device)
     seg = concepts = real = None
     if model.config.segmentor_config.head == "concepts":
-        concepts, real = model.background[None], zero[None] == 0
         if hasattr(model, "llm"):
             state = torch.zeros(1, model.config.width, device=model.device, dtype=model.dtype)
             seg = model.llm_projector(state)
+        concepts, real = model.background[None], zero[None] == 0
     masks, classes = model.segmentor.decode(spare.maps, seg, concepts, real, Groups(zero, 1, 1))
     zeros = [corner(masks), corner(classes)]
     if model.config.segmentor_config.pixel_classifier:

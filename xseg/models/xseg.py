@@ -107,22 +107,26 @@ class XSegModel(PreTrainedModel):
         self, llm_pixels: Tensor, mask_pixels: Tensor, *, text: bool = True, masks: bool = True
     ) -> ImageFeatures:
         """(I, 3, s, s) and (I, 3, S, S) pixels -> features; ``text`` and ``masks`` say what they are for."""
-        rows, cells, maps = [], None, None
-        text, masks = text and hasattr(self, "llm"), masks and self.config.segmentor_config is not None
+        rows, cells, maps, spare = [], None, None, None
+        decodes = self.config.segmentor_config is not None
+        text, masks = text and hasattr(self, "llm"), masks and decodes
         if len(mask_pixels) == 0 or not (text or masks):
-            return ImageFeatures(None, None, None)
+            return ImageFeatures(None, None, None, touch.picture(self) if self.training else None)
         if text and hasattr(self, "siglip_projector"):
             rows.append(self.siglip_projector(self.siglip(llm_pixels.to(self.dtype))))
         reads_sam = text and hasattr(self, "sam_projector")
-        if hasattr(self, "segmentor") and (reads_sam or masks):
-            wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * masks
+        spares = self.training and decodes and not masks
+        if hasattr(self, "segmentor") and (reads_sam or masks or spares):
+            wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * (masks or spares)
             states = self.segmentor.sam(mask_pixels.to(self.dtype), wanted)
             if reads_sam:
                 cells = self.sam_projector(unshuffle(states.pop(0), self.config.sam_shuffle))
                 rows.append(cells.flatten(1, 2))
             if masks:
                 maps = self.segmentor.maps(states)
-        return ImageFeatures(self._rows(rows) if rows else None, cells, maps)
+            elif spares:
+                spare = ImageFeatures(None, None, self.segmentor.maps([state[:1] for state in states]))
+        return ImageFeatures(self._rows(rows) if rows else None, cells, maps, spare)
 
     def _rows(self, encoders: Sequence[Tensor]) -> Tensor:
         """Rows (I, n, D) of each encoder -> all that the language model reads of an image."""
