@@ -18,6 +18,8 @@ from xseg.types import Encoded
 
 GLOBAL = 8
 """Samples of a global batch, in all cases."""
+FSDP2 = -1
+"""In the place of a ZeRO stage."""
 Mix = Literal["same", "divergent", "mixed", "parted"]
 """A global batch of one data set; of another one on every rank; of all of them side by side. "parted": masks in the
 first step, conversation alone from then on."""
@@ -30,6 +32,8 @@ ENVIRONMENT = {
     "ACCELERATE_MIXED_PRECISION": "no",
 }
 """What `accelerate launch` sets for a DeepSpeed file of train_stages/accelerate, but for the ZeRO stage."""
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "no"}
+"""Likewise for fsdp2.yaml."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Split:
     """How a global batch lies on processes and micro-batches."""
 
     zero: int = 0
-    """ZeRO stage; 0 = DDP, or nothing with one process."""
+    """ZeRO stage; 0 = DDP, or nothing with one process; -1 = FSDP2."""
     world: int = 1
     accumulate: int = 1
 
@@ -118,7 +122,9 @@ def child(
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
-    if split.zero:
+    if split.zero == FSDP2:
+        os.environ.update(FSDP)
+    elif split.zero:
         os.environ.update(ENVIRONMENT, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(split.zero))
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"

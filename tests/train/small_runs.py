@@ -59,9 +59,11 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 
 def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start stage 1 in a process group of its own."""
-    config = str(ROOT / f"train_stages/accelerate/{kind}.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "xseg.train"]
+    """Start stage 1 in a process group of its own; ``kind``: a launch file's name, and options of the launcher."""
+    name, *options = kind.split()
+    config = str(ROOT / f"train_stages/accelerate/{name}.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *options]
+    command = [*launcher, "-m", "xseg.train"]
     stage = [str(TINY / "s1_segmentor.yaml"), "--set", SMALL, f"out={out}", f"data_root={data}", *COMMON, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (out.parent / f"{out.name}.log").open("a")

@@ -189,14 +189,17 @@ def test_an_adapter_is_under_five_percent_of_the_model(train: Run, tmp_path: Pat
     assert 0 < stored < 0.05 * all_of_it
 
 
-def test_what_zero3_cannot_split_is_refused() -> None:
+def test_what_cannot_be_split_is_refused() -> None:
     lora, coarse = Adapter(rank=2), Adapter(rank=2, quantize="nf4")
-    slim.check(3, {"sam": lora, "siglip": lora})
-    slim.check(2, {"llm": coarse})
-    slim.check(3, None)
+    slim.check("ZeRO-3", {"sam": lora, "siglip": lora})
+    slim.check("", {"llm": coarse})
+    slim.check("ZeRO-3", None)
+    slim.check("FSDP2", None)
     for given in ({"llm": lora}, {"sam": coarse}):
         with pytest.raises(UserError, match=r"under ZeRO-3 .*zero2.yaml"):
-            slim.check(3, given)
+            slim.check("ZeRO-3", given)
+    with pytest.raises(UserError, match=r"adapters: sam: FSDP2 .*zero2.yaml"):
+        slim.check("FSDP2", {"sam": lora})
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs the extra qlora (bitsandbytes)")

@@ -148,6 +148,12 @@ def unsaved_weights(settings: list[str], tmp_path: Path, patch: pytest.MonkeyPat
     return faults(settings, launch=str(tmp_path / "three.yaml"))
 
 
+def another_fsdp(settings: list[str], tmp_path: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
+    given = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 1}}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(given))
+    return faults(settings, launch=str(tmp_path / "one.yaml"))
+
+
 PLANTED = [
     (old_library, "libraries", "transformers 4.57.1 (needs <6,>=5.20)"),
     (lost_library, "libraries", "peft none"),
@@ -166,6 +172,7 @@ PLANTED = [
     (too_many_processes, "launch", "this one has 4 devices"),
     (other_world, "launch", "WORLD_SIZE is 4"),
     (unsaved_weights, "launch", "zero3_save_16bit_model"),
+    (another_fsdp, "launch", "set fsdp_version: 2 in the launch file"),
 ]
 
 

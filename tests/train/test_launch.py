@@ -1,4 +1,4 @@
-"""Runs as users start them: `accelerate launch` with DeepSpeed on CPU, one process or two, killed or not."""
+"""Runs as users start them: `accelerate launch` with DeepSpeed or FSDP2 on CPU, one process or two, killed or not."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ from xseg.data.shapeworld.write import write
 from xseg.models import checkpoint
 
 pytestmark = pytest.mark.slow
+FSDP2 = "fsdp2 --num_processes 2"
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,10 @@ def test_kill_nine_under_zero2(data: Path, tmp_path: Path) -> None:
     assert untimed(metrics(cut)) == untimed(metrics(whole))
 
 
-@pytest.mark.parametrize(("kind", "batch_size"), [("zero1", 4), ("zero3", 4), ("cpu2", 2)])
+@pytest.mark.parametrize(("kind", "batch_size"), [("zero1", 4), ("zero3", 4), ("cpu2", 2), (FSDP2, 2)])
 def test_every_launcher_trains_the_same_run(kind: str, batch_size: int, data: Path, tmp_path: Path) -> None:
     settings = ("steps=4", "loss.points=grid", "clip=1.0")
-    alone, other = tmp_path / "single", tmp_path / kind
+    alone, other = tmp_path / "single", tmp_path / "other"
     finished(launch("single", data, alone, *settings, "batch_size=4"), alone)
     finished(launch(kind, data, other, *settings, f"batch_size={batch_size}"), other)
     assert losses(other) == pytest.approx(losses(alone), rel=2e-4)

@@ -1,4 +1,4 @@
-"""Any mix on any rank: DDP and ZeRO-1 to 3, one and two processes, accumulation, against one process with one batch.
+"""Any mix on any rank: DDP, FSDP2 and ZeRO-1 to 3, one and two processes, accumulation, against one process alone.
 
 One case alone: ``pytest tests/train/test_matrix.py -k "zero3 and 2_processes and divergent and accumulate_2"``.
 """
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix_runs import Mix, Split, train
+from matrix_runs import FSDP2, Mix, Split, train
 from small_runs import metrics, pictures, untimed
 
 from xseg.train.consolidate import weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NAMES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+NAMES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3", FSDP2: "fsdp2"}
 RATE = "trainable=[{match: .*, lr: 0.02}]"
 CASES: list[tuple[Split, Mix]] = [
     (Split(zero, world, accumulate), mix)
@@ -73,7 +73,7 @@ def test_what_got_no_gradient_does_not_move(folder: Path, tmp_path: Path, zero: 
     assert all(any(name.startswith(part) for name in first) for part in parts)
 
 
-@pytest.mark.parametrize(("zero", "world"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("zero", "world"), [(0, 2), (1, 1), (2, 2), (3, 2), (FSDP2, 2)])
 def test_a_step_without_a_number_moves_nothing_on_any_rank(folder: Path, tmp_path: Path, zero: int, world: int) -> None:
     """The second of three steps is of a data set whose pixels are no numbers; its samples are named."""
     out, split = tmp_path / "run", Split(zero, world)

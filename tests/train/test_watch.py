@@ -102,13 +102,14 @@ def test_every_image_counts_once_however_many_sentences_it_has(train: Run, data:
     small = stage.read_stage(str(next(TINY.glob("s3_*"))), [SMALL, f"data_root={data}", "init_from=[]", *WATCH])
     loaded = assemble.load_data(small)
     skeleton = assemble.skeleton(assemble.configuration(small, loaded))
-    held_out = watch.held_out(small, skeleton, loaded.processor, None)
+    held_out = watch.held_out(small, skeleton, loaded.processor, "")
     assert held_out is not None
     for row in held_out.suite.rows:
         dataset = watch.open_row(watch.Predictor(skeleton, loaded.processor), row, data)
         assert dataset is not None and len({dataset.sample(i).image_id for i in range(len(dataset))}) == 3
-    with pytest.raises(UserError, match=r"ZeRO-3.*zero2\.yaml"):
-        watch.held_out(small, skeleton, loaded.processor, 3)
+    for split_by in ("ZeRO-3", "FSDP2"):
+        with pytest.raises(UserError, match=rf"under {split_by} no rank has whole weights .*zero2\.yaml"):
+            watch.held_out(small, skeleton, loaded.processor, split_by)
 
 
 def test_a_killed_run_has_every_look_once(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,13 @@ the consolidated folder has the weights and the step, and its data and its sched
 """
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from xseg.errors import UserError
 from xseg.models import checkpoint
@@ -17,6 +21,8 @@ from xseg.train.watchdog import listed
 
 SHARDS = "pytorch_model"
 """Folder of DeepSpeed's shards in a checkpoint; without DeepSpeed the weights are one safetensors file."""
+CUT = "pytorch_model_fsdp_0"
+"""Folder of FSDP2's weights, as torch.distributed.checkpoint writes them."""
 SPLIT = {"batch_size", "accumulate"}
 """Keys that may change with the number of processes, as long as their product with it, the global batch, stays."""
 
@@ -53,11 +59,24 @@ def consolidate(stage: Stage, out: Path) -> int:
 
 def weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint in float32, whatever split them."""
+    if (path / CUT).is_dir():
+        return _joined(path / CUT)
     if not (path / SHARDS).is_dir():
         return checkpoint.read_weights(path)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag=SHARDS))
+
+
+def _joined(folder: Path) -> dict[str, Tensor]:
+    """What all ranks wrote, read by one process."""
+    reader = FileSystemReader(folder)
+    entries: Any = reader.read_metadata().state_dict_metadata
+    found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        load(found, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("model."): value for key, value in found.items()}
 
 
 def begin(stage: Stage, folder: Path, processes: int) -> int:

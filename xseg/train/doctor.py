@@ -21,7 +21,7 @@ from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
 from xseg.train import assemble, optim, plan
-from xseg.train.stage import Stage, check_compiler, read_stage
+from xseg.train.stage import Stage, check_compiler, check_fsdp, read_stage
 
 T = TypeVar("T")
 TOLERANCE = 1e-4
@@ -231,9 +231,12 @@ def launch_file(name: str) -> tuple[int, int]:
     devices, here = torch.cuda.device_count(), max(1, count // machines)
     if devices and here > devices:
         raise UserError(f"{path}: num_processes = {count} on {machines} machine(s), but this one has {devices} devices")
-    if not devices and count > 1 and not deepspeed:
+    fsdp = kind == "FSDP"
+    if fsdp:
+        check_fsdp({key: str(value).lower() for key, value in given.get("fsdp_config", {}).items()})
+    if not devices and count > 1 and not (deepspeed or fsdp):
         raise UserError(
-            f"{path}: num_processes = {count} without an accelerator and without DeepSpeed: accelerate would start one "
+            f"{path}: num_processes = {count} without an accelerator, DeepSpeed or FSDP: accelerate would start one "
             "process in silence; use cpu2.yaml"
         )
     world = os.environ.get("WORLD_SIZE")
@@ -243,4 +246,6 @@ def launch_file(name: str) -> tuple[int, int]:
         raise UserError(f"{path}: ZeRO-3 without zero3_save_16bit_model: true cannot save `final`; add it")
     if deepspeed and not devices:
         check_compiler()
-    return count, int(deepspeed.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0
+    # FSDP2 keeps all but the language model's layers whole until backward has ended: nearest to ZeRO-2.
+    zero = 2 if deepspeed or fsdp else 0
+    return count, int(deepspeed.get("zero_stage", zero))

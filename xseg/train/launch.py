@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate with or without DeepSpeed, on accelerators or on CPU, and how they end."""
+"""The processes of a run: accelerate with DeepSpeed, FSDP2 or neither, on accelerators or CPU, and how they end."""
 
 import os
 import sys
@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.export import register_dataclass
 from transformers.integrations import unset_hf_deepspeed_config
 
 from xseg.config import StageRecipe
 from xseg.errors import RunError, UserError
-from xseg.train.stage import check_compiler
+from xseg.train.stage import FSDP, check_compiler, check_fsdp
+from xseg.types import ModelOutput
 
 Precision = Literal["fp32", "autocast", "bf16"]
 """fp32 everywhere; bf16 products over fp32 weights; bf16 weights with fp32 masters in the optimiser (DeepSpeed)."""
@@ -28,17 +36,25 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     if uses_deepspeed() and on_cpu:
         check_compiler()
-    # Left to itself, accelerate starts no group with DeepSpeed on CPU, and every process takes itself for the only one.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (world > 1 or uses_deepspeed()) else []
+    sharding = _sharding() if uses_fsdp() else None
+    # Left to itself, accelerate starts no group with DeepSpeed or FSDP on CPU, and every process takes itself for the
+    # only one.
+    grouped = world > 1 or uses_deepspeed() or uses_fsdp()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and grouped else []
     acc = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.accumulate,
         deepspeed_plugin=_plugin(recipe, precision) if uses_deepspeed() else None,
+        fsdp_plugin=sharding,
         kwargs_handlers=handlers,
         log_with=list(recipe.track) or None,
         project_dir=recipe.out,
     )
     _build_whole()
+    if sharding and on_cpu:
+        # accelerate knows FSDP on accelerators alone, and on CPU passes over it in silence; torch has it there, too.
+        acc.state.fsdp_plugin = sharding
+        acc.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if acc.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but accelerate sees {acc.num_processes}: each would train alone; use "
@@ -47,13 +63,53 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
     return acc
 
 
+def shard(acc: Accelerator, model: Any, precision: Precision) -> None:
+    """Cut ``model`` in place over the ranks under FSDP2, before anything holds its parameters; else do nothing.
+
+    A layer of the language model is whole while it runs. All else is whole from the begin of a forward to the end of
+    its backward: which of the other parts run, and how often, depends on a rank's batch, and the ranks must gather in
+    one order. The language model runs once in every forward.
+    """
+    if not acc.is_fsdp2:
+        return
+    register_dataclass(ModelOutput)  # FSDP finds the backward of a module by the tensors it gave back
+    if hasattr(model, "llm"):
+        # Its backward, too, must run on every rank, though the words be frozen and no picture stand among them.
+        model.llm.enable_input_require_grads()
+        policy = MixedPrecisionPolicy()
+        if precision == "autocast":
+            # Else autocast keeps a copy of every layer from its forward to its backward.
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for layer in layers(model.llm):
+            fully_shard(layer, mp_policy=policy)
+    fully_shard(model)
+
+
+def layers(llm: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a language model, by its class's list of what must stay in one piece; none where that is empty."""
+    names = set(llm._no_split_modules or ())  # type: ignore[arg-type]
+    return [module for module in llm.modules() if type(module).__name__ in names]
+
+
+def split_by(acc: Accelerator) -> str:
+    """What leaves no rank with whole weights between two steps: "ZeRO-3", "FSDP2", or "" where nothing does."""
+    plugin = acc.state.deepspeed_plugin
+    if acc.is_fsdp2:
+        return "FSDP2"
+    return "ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else ""
+
+
 def prepare(acc: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
     """Wrap model and optimiser as the launcher's environment says."""
     own = list(model.parameters(recurse=False))
+    held = [list(group["params"]) for group in optimizer.param_groups]
     model, optimizer = acc.prepare(model, optimizer)
+    if acc.is_fsdp2:
+        # accelerate looks for the parameters anew, by address, and what a rank has no row of has none.
+        for group, parameters in zip(optimizer.param_groups, held, strict=True):
+            group["params"] = parameters
     _build_whole()
-    plugin = acc.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if split_by(acc) == "ZeRO-3":
         for parameter in own:
             # ZeRO-3 finds the backward of a module by the tensors it gave back, and knows no dataclass: what the whole
             # model itself owns (a vector) is kept together from its forward to the update.
@@ -79,6 +135,22 @@ def _plugin(recipe: StageRecipe, precision: Precision) -> DeepSpeedPlugin:
         "torch_autocast": {"enabled": precision == "autocast", "dtype": "bfloat16"},
     }
     return plugin
+
+
+def _sharding() -> FullyShardedDataParallelPlugin:
+    check_fsdp({key: os.environ[key.upper()] for key in FSDP if key.upper() in os.environ})
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="NO_WRAP",
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def uses_fsdp() -> bool:
+    """True when ``accelerate launch`` was given an FSDP config."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def uses_deepspeed() -> bool:

@@ -22,7 +22,7 @@ from xseg.models import adapters
 from xseg.train import assemble, consolidate, launch, optim, slim, state, tracking
 from xseg.train.export import export
 from xseg.train.log import Console
-from xseg.train.meter import Meter
+from xseg.train.meter import Meter, whole
 from xseg.train.stage import Stage
 from xseg.train.stop import Stop, Stopped
 from xseg.train.trouble import Skipped, check_gradients, told
@@ -71,7 +71,8 @@ class Trainer:
         for number, batch in enumerate(micros):
             self.watchdog.begin(number, held[number])
             draw = generator(acc.device, self.seed, step, rank, number)
-            with acc.accumulate(self.model):
+            # FSDP2 cuts the gradients of every micro-batch: kept whole, they would fill the memory it saves.
+            with acc.accumulate(*(() if acc.is_fsdp2 else (self.model,))):
                 with torch.autocast(acc.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
                     output = self.model(batch)
                 losses = self.criterion(output, batch, totals=totals[:-2], draw=draw)
@@ -105,7 +106,7 @@ class Trainer:
         """
         if self.acc.distributed_type == DistributedType.DEEPSPEED:
             return float(self.model.get_global_grad_norm() or 0.0)
-        norm = self.acc.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = whole(self.acc.clip_grad_norm_(self.model.parameters(), self.clip))
         if norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -138,8 +139,8 @@ def train(stage: Stage, resume: str = "none") -> None:
     adapters.check(skeleton, recipe.adapters or {})
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
-    slim.check(state.layout(acc)["zero"], recipe.adapters)
-    watched = held_out(stage, skeleton, data.processor, state.layout(acc)["zero"])
+    slim.check(launch.split_by(acc), recipe.adapters)
+    watched = held_out(stage, skeleton, data.processor, launch.split_by(acc))
     plan = assemble.plan(stage, data, acc.num_processes)
     begin = 0
     if resume not in ("auto", "none"):
@@ -150,6 +151,7 @@ def train(stage: Stage, resume: str = "none") -> None:
     if recipe.adapters:
         slim.register(acc, model)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
+    launch.shard(acc, model, precision)
     optimizer = optim.adamw(model, selections, recipe.betas)
     rates = [group["lr"] for group in optimizer.param_groups]
     queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, partial(acc.print, flush=True))

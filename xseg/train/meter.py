@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -119,7 +120,12 @@ def part_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, gradient in gradients.items():
         parts[key_maps.part_of(name)].append(gradient)
-    return {part: float(get_total_norm(tensors)) for part, tensors in parts.items()}
+    return {part: float(whole(get_total_norm(tensors))) for part, tensors in parts.items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    """The value of a norm of which every rank has its share (FSDP2); all ranks call it alike."""
+    return value.full_tensor() if isinstance(value, DTensor) else value  # type: ignore[no-any-return]
 
 
 def _short(value: float) -> float:

@@ -23,9 +23,14 @@ def splits(given: adapters.Adapters | None) -> bool:
     return not any(part == "llm" or adapter.quantize for part, adapter in (given or {}).items())
 
 
-def check(zero_stage: int | None, given: adapters.Adapters | None) -> None:
-    """Raise UserError for adapters that ZeRO-3 cannot split."""
-    if zero_stage == 3 and not splits(given):
+def check(split_by: str, given: adapters.Adapters | None) -> None:
+    """Raise UserError for adapters that ZeRO-3 cannot split, and for any under FSDP2, whose checkpoints hold all."""
+    if split_by == "FSDP2" and given:
+        raise UserError(
+            f"adapters: {', '.join(given)}: FSDP2 trains whole models: launch with train_stages/accelerate/zero2.yaml; "
+            "what adapters train is small enough for it"
+        )
+    if split_by == "ZeRO-3" and not splits(given):
         raise UserError(
             "adapters: under ZeRO-3 neither an adapter of the language model nor 4-bit weights work: launch with "
             "train_stages/accelerate/zero2.yaml; what adapters train is small enough for it"

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 from xseg.config import FOLDERS, Mixture, ModelRecipe, StageRecipe, Suite, decode, load_recipe, merge, read_yaml
 from xseg.errors import UserError
 from xseg.paths import find
+
+FSDP = {"fsdp_version": "2", "fsdp_offload_params": "false", "fsdp_activation_checkpointing": "false"}
+"""What ``fsdp_config`` of a launch file may say; its other keys change nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,18 @@ def check_compiler() -> None:
             "no 'ninja' on PATH, and DeepSpeed on CPU compiles one small operator with it: pip install ninja, or use "
             "--config_file train_stages/accelerate/single.yaml"
         )
+
+
+def check_fsdp(given: Mapping[str, str]) -> None:
+    """Raise UserError for FSDP1, and for what accelerate would do to a model that it cuts itself.
+
+    ``given``: keys of a launch file's ``fsdp_config``.
+    """
+    for key, wanted in FSDP.items():
+        value = given.get(key, "1" if key == "fsdp_version" else wanted)
+        if value != wanted:
+            raise UserError(
+                f"{key}: {value}: FSDP is supported as version 2, without offload, and with checkpointing by the "
+                f"stage's gradient_checkpointing alone; set {key}: {wanted} in the launch file, or take "
+                "train_stages/accelerate/fsdp2.yaml or zero3.yaml"
+            )

@@ -54,10 +54,12 @@ def checkpoints(out: Path) -> dict[int, Path]:
 
 
 def layout(acc: Accelerator) -> dict[str, Any]:
-    """Say how states lie in a checkpoint: number of processes and ZeRO stage (None without DeepSpeed)."""
+    """Say how states lie in a checkpoint: number of processes, ZeRO stage (None without DeepSpeed), FSDP if it is."""
     plugin = acc.state.deepspeed_plugin
     precision = "bf16" if plugin is not None and acc.mixed_precision == "bf16" else "fp32"
-    return {"processes": acc.num_processes, "zero": None if plugin is None else plugin.zero_stage, "weights": precision}
+    zero = None if plugin is None else plugin.zero_stage
+    split = {"processes": acc.num_processes, "zero": zero, "weights": precision}
+    return split | ({"fsdp": 2} if acc.is_fsdp2 else {})
 
 
 def save(acc: Accelerator, out: Path, step: int, recipe: Mapping[str, Any], keep: int, skipped: int = 0) -> None:
@@ -88,7 +90,8 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> dict[str
     check_same(state["recipe"], recipe, path)
     written, now = state["layout"], layout(acc)
     if written != now:
-        names = [f"{k} = {written.get(k)}, now {v}" for k, v in now.items() if written.get(k) != v]
+        keys = [k for k in sorted({*written, *now}) if written.get(k) != now.get(k)]
+        names = [f"{k} = {written.get(k)}, now {now.get(k)}" for k in keys]
         raise UserError(
             f"{path}: written with {'; '.join(names)}: optimiser states cannot be split anew; resume with the "
             "accelerate config and the number of processes of the first launch, or go on from the weights alone: "

@@ -48,17 +48,18 @@ class HeldOut:
         return {r.recipe: {k: first[r.recipe][k] for k in ("metric", "value", "n")} for r in self.suite.rows}
 
 
-def held_out(stage: Stage, skeleton: Any, processor: XSegProcessor, zero_stage: int | None) -> HeldOut | None:
+def held_out(stage: Stage, skeleton: Any, processor: XSegProcessor, split_by: str) -> HeldOut | None:
     """Return what ``watch`` asks for, or None; ``skeleton`` is the stage's model, its weights are not looked at.
 
-    Raises UserError under ZeRO-3, for data that are not there, and when the model can do no row of the suite.
+    ``split_by``: what leaves no rank with whole weights, or "". Raises UserError where something does, for data that
+    are not there, and when the model can do no row of the suite.
     """
     watch = stage.recipe.watch
     if watch is None or stage.watched is None:
         return None
-    if zero_stage == 3:
+    if split_by:
         raise UserError(
-            "watch: under ZeRO-3 no rank has whole weights to look at between two steps; launch with "
+            f"watch: under {split_by} no rank has whole weights to look at between two steps; launch with "
             "train_stages/accelerate/zero2.yaml, or leave it out with --set watch=null"
         )
     rows = []
