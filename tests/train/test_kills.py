@@ -21,7 +21,7 @@ from small_runs import COMMON, SAMPLED, SMALL, TINY, metrics, pictures, untimed
 from xseg.models import checkpoint
 from xseg.train import state
 
-STEPS = 30
+STEPS = 60
 KILLS = {"s1": 7, "s2": 7, "s3": 6}
 PATIENCE = 200.0
 
@@ -76,6 +76,12 @@ def steps_done(out: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def resumes(out: Path) -> int:
+    """How often a run has said that it goes on."""
+    log = out.with_suffix(".log")
+    return log.read_text().count("resumed from") if log.exists() else 0
+
+
 def same_run(a: Path, b: Path) -> None:
     """Every figure of every step, digit by digit, and the weights, bit by bit."""
     assert untimed(metrics(a)) == untimed(metrics(b)) and len(metrics(a)) > 5
@@ -91,12 +97,13 @@ def test_kill_nine_at_random_moments(context: Any, data: Path, tmp_path: Path, s
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finished(start(context, data, stage, whole), whole)
     rng = np.random.default_rng([1024, *stage.encode()])
-    targets = sorted(rng.choice(np.arange(1, STEPS - 3), KILLS[stage], replace=False).tolist())
+    # A fast machine does many steps between the look at a target and the kill: the end is far from the last one.
+    targets = sorted(rng.choice(np.arange(1, STEPS // 2), KILLS[stage], replace=False).tolist())
     resumed = 0
     for target in targets:
         process = start(context, data, stage, cut)
         deadline = time.monotonic() + PATIENCE
-        while steps_done(cut) < target:
+        while steps_done(cut) < target or resumes(cut) < resumed:
             assert process.is_alive() and time.monotonic() < deadline, cut.with_suffix(".log").read_text()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
@@ -104,7 +111,7 @@ def test_kill_nine_at_random_moments(context: Any, data: Path, tmp_path: Path, s
         killed(process, cut)
         resumed += bool(state.checkpoints(cut))
     finished(start(context, data, stage, cut), cut)
-    assert cut.with_suffix(".log").read_text().count("resumed from") == resumed > 3
+    assert resumes(cut) == resumed > 3
     same_run(cut, whole)
 
 
