@@ -74,16 +74,14 @@ def _stage(stage: Stage, processes: int, zero: int) -> Iterator[Finding]:
     if processor is None:
         return
     yield _tried("vocabulary", partial(vocabulary, stage, processor))[0]
-    data = _tried("data", partial(assemble.load_data, stage))[0]
-    yield data
+    yield _tried("data", partial(assemble.load_data, stage))[0]
     if parts.fault:
         return
     finding, model = _tried("trainable", partial(selected, stage, processor))
     yield finding
     if model is not None:
         yield _tried("embeddings", partial(embeddings, stage, model))[0]
-        if not data.fault:
-            yield _tried("memory", partial(fits, stage, processes, zero))[0]
+        yield _tried("memory", partial(fits, stage, processes, zero))[0]
 
 
 def _processor(stage: Stage) -> XSegProcessor:
