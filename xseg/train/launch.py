@@ -20,6 +20,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from xseg.config import StageRecipe
 from xseg.errors import RunError, UserError
+from xseg.train.autocast import attend_in_float32
 from xseg.train.stage import FSDP, check_compiler, check_fsdp
 from xseg.types import ModelOutput
 
@@ -36,6 +37,8 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
     if uses_deepspeed() and on_cpu:
         check_compiler()
+    if on_cpu and precision == "autocast":
+        attend_in_float32()
     sharding = _sharding() if uses_fsdp() else None
     # Left to itself, accelerate starts no group with DeepSpeed or FSDP on CPU, and every process takes itself for the
     # only one.

@@ -105,6 +105,8 @@ def fused_attention(ledger: Ledger, on_cpu: bool) -> Iterator[None]:
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Any:
         if on_cpu and attn_mask is not None and attn_mask.requires_grad:
             return real(query, key, value, attn_mask, **more)
+        if on_cpu and torch.is_autocast_enabled("cpu"):
+            query, key, value = (t.float() for t in (query, key, value))  # `attend_in_float32`
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
