@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from xseg.train.autocast import attend_in_float32
+
 STATE, LOG = "state.pt", "metrics.jsonl"
 EVERY = 50
 """Steps between two lines of the log."""
@@ -94,6 +96,7 @@ def train(
     ``loss_of`` gives the terms of the loss, which are added; ``check`` gives held-out figures.
     """
     rank, world = processes()
+    attend_in_float32()
     work.mkdir(parents=True, exist_ok=True)
     optimizers = _optimizers(model, plan)
     mean = {name: value.detach().clone() for name, value in model.state_dict().items()}

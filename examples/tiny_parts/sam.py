@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plan, arguments, card, save, train
+from common import Plan, arguments, card, processes, save, train
 from torch import Tensor, nn
 from transformers import SamConfig as WholeConfig
 from transformers import SamModel
@@ -24,7 +24,7 @@ from xseg.models.configuration import SamConfig
 from xseg.models.sam import SamEncoder
 
 SEED, SIDE, IMAGES, PROMPTS = 1, 96, 16, 8
-PLAN = Plan(steps=2200, lr=1e-3, seed=SEED)
+PLAN = Plan(steps=8000, lr=1e-3, seed=SEED)
 HELD_OUT = 1 << 23
 """First held-out number of the split; the training stays below."""
 STRIDE = 2
@@ -74,10 +74,16 @@ class Sam(nn.Module):
         return masks.float(), quality.float()
 
 
-def batch(step: int, first: int = 0, images: int = IMAGES) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Return pixels, prompts and masks (I, P, 48, 48) of one step: clicks on even steps, boxes on odd ones."""
+def share(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Return a process's share of the batch of one training step."""
+    rank, world = processes()
+    return batch(step, range(step * IMAGES + rank, (step + 1) * IMAGES, world))
+
+
+def batch(step: int, numbers: range) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Return pixels, prompts and masks (I, P, 48, 48) of scenes: clicks on even steps, boxes on odd ones."""
     pixels, prompts, masks = [], [], []
-    for number in range(first + step * images, first + (step + 1) * images):
+    for number in numbers:
         scene, rng = split_scene(SEED, "parts", number, side=SIDE), np.random.default_rng([SEED, number, 1])
         pixels.append(draw(scene))
         grounds = len(scene.ground.names)
@@ -91,8 +97,8 @@ def batch(step: int, first: int = 0, images: int = IMAGES) -> tuple[Tensor, dict
             box = np.array([*low, *high]) + rng.normal(0, 1.5, 4)
             prompts.append((np.array([columns[at], rows[at]]) + 0.5) if step % 2 == 0 else box.clip(0, SIDE))
             masks.append(mask)
-    given = torch.from_numpy(np.stack(prompts)).float().unflatten(0, (images, PROMPTS))
-    target = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float()[None], STRIDE)[0].unflatten(0, (images, PROMPTS))
+    given = torch.from_numpy(np.stack(prompts)).float().unflatten(0, (len(numbers), PROMPTS))
+    target = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float()[None], STRIDE)[0].unflatten(0, (len(numbers), PROMPTS))
     return normalised(pixels), {"points": given[:, :, None]} if step % 2 == 0 else {"boxes": given}, target
 
 
@@ -124,7 +130,7 @@ class Check:
     """Held-out mask IoU in percent, of the mask that the model itself takes for the best."""
 
     def __init__(self, steps: int) -> None:
-        self.batches = [batch(step, HELD_OUT, 20) for step in range(steps)]
+        self.batches = [batch(step, range(HELD_OUT + 20 * step, HELD_OUT + 20 * (step + 1))) for step in range(steps)]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -144,7 +150,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     plan = PLAN if given.steps is None else replace(PLAN, steps=given.steps)
     work = Path("runs/parts") / given.out.name
-    trained = train(Sam(), plan, batch, loss_of, Check(10), work)
+    trained = train(Sam(), plan, share, loss_of, Check(10), work)
     settings: dict[str, Any] = config().to_dict()
     settings["vision_config"] = VISION | {"model_type": "sam_vision_model"}
     save(given.out, settings, dict(trained.state_dict()), card(CARD, plan, work), work)
