@@ -97,8 +97,9 @@ def batch(step: int, numbers: range) -> tuple[Tensor, dict[str, Tensor], Tensor]
             box = np.array([*low, *high]) + rng.normal(0, 1.5, 4)
             prompts.append((np.array([columns[at], rows[at]]) + 0.5) if step % 2 == 0 else box.clip(0, SIDE))
             masks.append(mask)
-    given = torch.from_numpy(np.stack(prompts)).float().unflatten(0, (len(numbers), PROMPTS))
-    target = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float()[None], STRIDE)[0].unflatten(0, (len(numbers), PROMPTS))
+    shape = len(numbers), PROMPTS
+    given = torch.from_numpy(np.stack(prompts)).float().unflatten(0, shape)
+    target = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float()[None], STRIDE)[0].unflatten(0, shape)
     return normalised(pixels), {"points": given[:, :, None]} if step % 2 == 0 else {"boxes": given}, target
 
 
