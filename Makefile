@@ -29,7 +29,7 @@ PAIR := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2
 parts: $(READY)
 	$(PAIR) examples/tiny_parts/phi.py --out examples/tiny_parts/phi
 	$(PAIR) examples/tiny_parts/siglip.py --out examples/tiny_parts/siglip
-	$(BIN)/python examples/tiny_parts/sam.py --out examples/tiny_parts/sam
+	$(PAIR) examples/tiny_parts/sam.py --out examples/tiny_parts/sam
 
 # The shipped model, from those parts: what `xseg chat` opens.
 train-long: compiler $(READY)

@@ -6,6 +6,7 @@ mask decoder are those of transformers' SAM in small; the encoder has xseg's res
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,8 @@ class Sam(nn.Module):
         return masks.float(), quality.float()
 
 
-def share(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Return a process's share of the batch of one training step."""
-    rank, world = processes()
+def share(rank: int, world: int, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Return the share of process ``rank`` of ``world`` of the batch of one training step."""
     return batch(step, range(step * IMAGES + rank, (step + 1) * IMAGES, world))
 
 
@@ -151,7 +151,10 @@ def main() -> None:
     torch.manual_seed(SEED)
     plan = PLAN if given.steps is None else replace(PLAN, steps=given.steps)
     work = Path("runs/parts") / given.out.name
-    trained = train(Sam(), plan, share, loss_of, Check(10), work)
+    rank, world = processes()
+    trained = train(Sam(), plan, partial(share, rank, world), loss_of, Check(10), work)
+    if rank:
+        return
     settings: dict[str, Any] = config().to_dict()
     settings["vision_config"] = VISION | {"model_type": "sam_vision_model"}
     save(given.out, settings, dict(trained.state_dict()), card(CARD, plan, work), work)
