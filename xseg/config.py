@@ -110,6 +110,9 @@ class LossWeights(Recipe):
 
     lm: float = 1.0
     class_: float = Field(default=2.0, alias="class")
+    match_class: float | None = None
+    """Weight of the class in the matching alone; None = ``class``, as in X-SAM. Far above the masks' weights, the
+    object query that is surest of a phrase learns its mask, whatever mask it has so far."""
     mask: float = 5.0
     dice: float = 5.0
     background: float = 0.1

@@ -45,6 +45,21 @@ def test_pairs_have_the_least_total_cost_of_all() -> None:
             assert chosen.item() == pytest.approx(best.item(), rel=1e-4)
 
 
+def test_match_class_decides_alone_and_leaves_the_loss_as_it_is() -> None:
+    output, batch = random_case([1, 1], queries=6)
+    heavy = LossWeights.model_validate({"points": "canvas", "match_class": 1000})
+    matches = match(output, Targets(batch), heavy, None)
+    prob = output.class_logits.softmax(-1)
+    for item, wanted in enumerate(batch.target_class.tolist()):
+        surest = prob[:, item, :, wanted].argmax(1)
+        assert torch.equal(matches.query[:, item], surest)
+        best_mask = torch.stack([plain_cost(output, batch, layer, item)[:, 0].argmin() for layer in range(len(prob))])
+        assert not torch.equal(best_mask, surest), "the case must tell the two apart"
+    same_pairs = LossWeights.model_validate({"points": "canvas", "class": 3.0, "match_class": 2.0})
+    theirs = match(output, Targets(batch), LossWeights(points="canvas"), None)
+    assert same(theirs, match(output, Targets(batch), same_pairs, None))
+
+
 def test_more_masks_than_predictions() -> None:
     output, batch = random_case([7, 1], queries=3)
     matches = match(output, Targets(batch), LossWeights(points="grid"), None)

@@ -139,7 +139,7 @@ def test_an_explanation_is_said_behind_the_mask_in_training_alone() -> None:
     for seed in range(8):
         turns = refer_seg.Task().format(sample, rng(seed), train=True).turns
         answers = {spans(q.text)[0]: a.text for q, a in zip(turns[::2], turns[1::2], strict=True)}
-        assert answers["the left circle"].endswith(f"{SEG} b2.")
+        assert answers["the left circle"].endswith(f"{SEG}b2.")
         assert answers["the right circle"].endswith(f"{SEG}.")
     for turn in refer_seg.Task().format(sample, rng(0), train=False).turns:
         assert "b2" not in turn.text

@@ -72,8 +72,8 @@ def match(
 ) -> Matches:
     """Match every prediction of every query with its targets at the least total cost.
 
-    Cost = class * (-probability) + mask * BCE + dice * Dice on points shared by all masks of a query. All layers are
-    one cost tensor.
+    Cost = match_class * (-probability) + mask * BCE + dice * Dice on points shared by all masks of a query. All layers
+    are one cost tensor.
     """
     layers, items, queries = output.mask_logits.shape[:3]
     device = output.mask_logits.device
@@ -116,7 +116,8 @@ class _Source:
         cost = pixel_costs(logits, rows, first)
         prob = self.output.class_logits[:, first:last].float().softmax(-1)
         classes = self.targets.classes[rows][None, :, None].expand(*prob.shape[:3], most)
-        return cost - self.weights.class_ * prob.gather(-1, classes)
+        weight = self.weights.class_ if self.weights.match_class is None else self.weights.match_class
+        return cost - weight * prob.gather(-1, classes)
 
     def _sampled(self, logits: Tensor, rows: Tensor, first: int) -> Tensor:
         layers, items, queries = logits.shape[:3]

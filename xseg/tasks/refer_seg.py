@@ -119,7 +119,8 @@ class Task(base.Base):
 
 def _answer(phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
     answer = phrasing.pick(phrasing.ANSWER, rng, train)
-    return f"{answer.removesuffix('.')} {phrase.explanation}" if train and phrase.explanation else answer
+    # no space: a tokenizer of Llama's kind puts one behind <SEG>, and <SEG> would foretell a second one, not the place
+    return f"{answer.removesuffix('.')}{phrase.explanation}" if train and phrase.explanation else answer
 
 
 def drawn(phrases: Sequence[Phrase], most: int, rng: np.random.Generator) -> list[Phrase]:
