@@ -12,9 +12,12 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from xseg.data.shapeworld.board import NOWHERE, SQUARES, place_of
 from xseg.data.shapeworld.draw import draw
@@ -23,6 +26,7 @@ from xseg.data.shapeworld.world import Scene, split_scene
 from xseg.geometry.masks import encode, iou
 from xseg.infer.predictor import load
 from xseg.infer.session import Answer, Session
+from xseg.models.xseg import XSegModel
 
 SIDE, SEED, EACH = 96, 0, 4
 WORDINGS = ("Please segment {} in the image.", "Where is {}? Answer with a mask.")
@@ -36,13 +40,36 @@ def hits(answer: Answer, scene: Scene, found: Expression) -> bool:
     return iou(answer.segments[0].mask, encode(thing)) > 0.5
 
 
+def lengths(rows: list[Tensor]) -> dict[str, float]:
+    """Mean length of vectors, and of what is left without their mean."""
+    x = torch.stack(rows).float()
+    return {
+        "length": round(x.norm(dim=1).mean().item(), 2),
+        "spread": round((x - x.mean(0)).norm(dim=1).mean().item(), 2),
+    }
+
+
+def listen(model: XSegModel) -> dict[str, list[Tensor]]:
+    """Collect each state at ``<SEG>`` and the vector made of it: the first row that llm_projector reads and makes."""
+    heard: dict[str, list[Tensor]] = {"state": [], "vector": []}
+    if hasattr(model, "llm_projector"):
+
+        def hook(_: Any, given: tuple[Tensor], made: Tensor) -> None:
+            heard["state"].append(given[0][0].detach())
+            heard["vector"].append(made[0].detach() * model.config.segmentor_config.seg_gain)
+
+        model.llm_projector.register_forward_hook(hook)
+    return heard
+
+
 def main() -> None:
     """Ask and count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="final/ of stage 2 or 3 on ShapeWorld")
     parser.add_argument("--images", type=int, default=100)
     given = parser.parse_args()
-    session = Session(load(given.model)[0])
+    predictor = load(given.model)[0]
+    session, heard = Session(predictor), listen(predictor.model)
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(1, given.images + 1):
         scene = split_scene(SEED, "val", number, side=SIDE)
@@ -57,7 +84,12 @@ def main() -> None:
                 if found.things and answer.segments:
                     right[f"mask right where {'named' if named else 'not named'}"].append(hits(answer, scene, found))
     shares = {what: round(100 * float(np.mean(values)), 1) for what, values in sorted(right.items())}
-    print(json.dumps({"model": str(given.model), "images": given.images, "n": len(right["named"]), **shares}))
+    out = {"model": str(given.model), "images": given.images, "n": len(right["named"]), **shares}
+    if heard["state"]:
+        out |= {f"<SEG> {what}": lengths(rows) for what, rows in heard.items()}
+        queries = predictor.model.segmentor.mask_decoder.queries_features.weight
+        out["object query length"] = round(queries.float().norm(dim=1).mean().item(), 2)
+    print(json.dumps(out))
 
 
 if __name__ == "__main__":
