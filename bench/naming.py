@@ -4,7 +4,8 @@
 Asked for a mask it says the square of ShapeWorld's board in words: in the place of ``<SEG>`` after stage 2, behind it
 after stage 3. Held-out pictures of the split "val", expressions of their own, each in two wordings. Prints a JSON line:
 percent of the answers that name the right square, or that there is none, and no other, by kind of expression; and after
-stage 3 how many masks have an IoU above 0.5 with the thing that is meant, where its square is named and where not.
+stage 3 how many masks have an IoU above 0.5 with the thing that is meant, where its square is named and where not, and
+how loud ``<SEG>`` is: lengths of its states and of the vectors made of them, and of what differs between expressions.
 """
 
 import argparse

@@ -9,6 +9,7 @@ from loss_cases import make_batch, make_output, random_case
 
 from xseg.config import LossWeights
 from xseg.losses import points as points_module
+from xseg.losses.criterion import Criterion
 from xseg.losses.matcher import Matches, match
 from xseg.losses.points import generator
 from xseg.losses.targets import Targets
@@ -58,6 +59,9 @@ def test_match_class_decides_alone_and_leaves_the_loss_as_it_is() -> None:
     same_pairs = LossWeights.model_validate({"points": "canvas", "class": 3.0, "match_class": 2.0})
     theirs = match(output, Targets(batch), LossWeights(points="canvas"), None)
     assert same(theirs, match(output, Targets(batch), same_pairs, None))
+    plain, thrice = (Criterion(w)(output, batch).terms for w in (LossWeights(points="canvas"), same_pairs))
+    assert thrice["class"].item() == pytest.approx(1.5 * plain["class"].item(), rel=1e-5)
+    assert torch.equal(thrice["mask"], plain["mask"])
 
 
 def test_more_masks_than_predictions() -> None:
