@@ -1,11 +1,12 @@
 """Does the language model know where the thing of an expression is, and does its mask follow: ``python bench/naming.py
 --model DIR``.
 
-Asked for a mask it says the square of ShapeWorld's board in words: in the place of ``<SEG>`` after stage 2, behind it
-after stage 3. Held-out pictures of the split "val", expressions of their own, each in two wordings. Prints a JSON line:
-percent of the answers that name the right square, or that there is none, and no other, by kind of expression; and after
-stage 3 how many masks have an IoU above 0.5 with the thing that is meant, where its square is named and where not, and
-how loud ``<SEG>`` is: lengths of its states and of the vectors made of them, and of what differs between expressions.
+Asked for a mask it says the square of ShapeWorld's board in words: in the place of ``<SEG>`` after stage 2, on both
+sides of it after stage 3. Held-out pictures of the split "val", expressions of their own, each in two wordings. Prints
+a JSON line: percent of the answers that name the right square, or that there is none, and no other, by kind of
+expression; and after stage 3 how many masks have an IoU above 0.5 with the thing that is meant, where its square is
+named and where not, and how loud ``<SEG>`` is: lengths of its states and of the vectors made of them, and of what
+differs between expressions.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from xseg.models.xseg import XSegModel
 
 SIDE, SEED, EACH = 96, 0, 4
 WORDINGS = ("Please segment {} in the image.", "Where is {}? Answer with a mask.")
-NEW_TOKENS = 12
+NEW_TOKENS = 24
 PLACES = re.compile("|".join((*SQUARES, NOWHERE)))
 
 
@@ -79,7 +80,7 @@ def main() -> None:
             for wording in WORDINGS:
                 answer = session.ask(wording.format(found.text), max_new_tokens=NEW_TOKENS)
                 session.undo()
-                named = PLACES.findall(answer.text) == [place_of(scene, found.things)]
+                named = set(PLACES.findall(answer.text)) == {place_of(scene, found.things)}
                 right["named"].append(named)
                 right[f"named, {found.kind}"].append(named)
                 if found.things and answer.segments:

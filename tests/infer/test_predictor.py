@@ -1,5 +1,7 @@
 """Vocabularies and drawn prompts through the stateless predictor."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,8 @@ class Blocks(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[Batch] = []
+        self.speaks = False
+        """Whether a generated answer holds one <SEG>, as masks of its own: all on the left."""
 
     def forward(self, batch: Batch) -> ModelOutput:
         self.seen.append(batch)
@@ -30,6 +34,12 @@ class Blocks(torch.nn.Module):
             masks[0, 0, k, 2:18, 16 * k + 1 : 16 * k + 13] = LOUD
             logits[0, 0, k, min(k // 2, logits.shape[-1] - 2)] = LOUD - k
         return ModelOutput(masks, logits, torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> SimpleNamespace:
+        assert (batch.seg_position < 0).all() and max_new_tokens > 10 and stop_ids
+        output = self.forward(batch)
+        output.mask_logits[..., 16:] = -LOUD
+        return SimpleNamespace(batch=batch, queries=[[0] if self.speaks else []], output=output)
 
 
 def predictor() -> Predictor:
@@ -47,6 +57,18 @@ def test_a_vocabulary_gives_objects_or_regions() -> None:
     assert len(predictor().segment(PICTURE, "the circle").segments) == 1
     with pytest.raises(UserError, match="stands twice"):
         predictor().segment(PICTURE, "ins: a, a")
+
+
+def test_a_phrase_is_answered_by_the_model_itself_where_it_can() -> None:
+    made = predictor()
+    given, listed = made.segment(PICTURE, "the circle"), made.segment(PICTURE, ["the circle", "the square"])
+    assert rle.area(given.rle) == 192 and (made.model.seen[1].seg_position >= 0).all(), "words without a mask"
+    made.model.speaks = True
+    seen = len(made.model.seen)
+    own = made.segment(PICTURE, "the circle")
+    assert len(made.model.seen) == seen + 1 and not own.mask[:, 16:].any()
+    again = made.segment(PICTURE, ["the circle", "the square"])
+    assert [rle.area(s.mask) for s in again.segments] == [rle.area(s.mask) for s in listed.segments], "lists are given"
 
 
 def test_a_rejected_phrase_is_empty_until_it_must_not_be() -> None:

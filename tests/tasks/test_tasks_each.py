@@ -145,6 +145,25 @@ def test_an_explanation_is_said_behind_the_mask_in_training_alone() -> None:
         assert "b2" not in turn.text
 
 
+@pytest.mark.parametrize("explain", ["before", "around"])
+def test_an_explanation_before_the_mask_is_generated_in_evaluation(explain: str) -> None:
+    sample = refer_seg.Task.example()
+    told = dataclasses.replace(sample.phrases[0], explanation=" b2.")
+    sample = dataclasses.replace(sample, phrases=(told, sample.phrases[1]))
+    task = refer_seg.Task(explain=explain)
+    for seed in range(8):
+        turns = task.format(sample, rng(seed), train=True).turns
+        answers = {spans(q.text)[0]: a.text for q, a in zip(turns[::2], turns[1::2], strict=True)}
+        assert answers["the left circle"].startswith("b2. ")
+        assert answers["the left circle"].endswith(f"{SEG}b2." if explain == "around" else f"{SEG}.")
+        assert "b2" not in answers["the right circle"] and answers["the right circle"].endswith(f"{SEG}.")
+    with pytest.raises(UserError, match="2 phrases, and refer_seg"):
+        task.format(sample, rng(0), train=False)
+    asked = task.format(dataclasses.replace(sample, phrases=(told,)), rng(0), train=False)
+    assert [turn.role for turn in asked.turns] == ["user"] and len(asked.queries) == 1
+    assert "b2" not in asked.turns[0].text
+
+
 def test_batch_negatives_only_in_training() -> None:
     sample = refer_seg.Task.example()
 

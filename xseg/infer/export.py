@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xseg.config import SuiteRow
+from xseg.config import SuiteRow, TaskSpec
 from xseg.data.shapeworld.write import write
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry import masks as rle
@@ -20,7 +20,11 @@ from xseg.models import adapters, checkpoint
 from xseg.types import ModelOutput, Prediction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROWS = ("shapes/panoptic_val", "shapes/refer_val", "shapes/talk_val")
+ROWS = (
+    SuiteRow(recipe="shapes/panoptic_val"),
+    SuiteRow(recipe="shapes/refer_val", task=TaskSpec(name="refer_seg")),  # with the answer given, so masks are sure
+    SuiteRow(recipe="shapes/talk_val"),
+)
 PICTURES, SIDE, SEED = 12, 96, 1
 """Held-out scenes that source and copy both answer; the figures of a suite are of seed 0 unless it was told else."""
 LEAST_IOU, LEAST_TEXTS = 0.97, 0.95
@@ -104,8 +108,8 @@ def answers(predictor: Predictor, data_root: Path) -> tuple[list[Prediction], li
         logits.extend((output.mask_logits[-1], output.class_logits[-1], output.lm_logits))
 
     hook = predictor.model.register_forward_hook(keep)
-    for name in ROWS:
-        dataset = open_row(predictor, SuiteRow(recipe=name), data_root)
+    for row in ROWS:
+        dataset = open_row(predictor, row, data_root)
         if dataset is None:
             continue
         for start in range(0, len(dataset), BATCH):
@@ -174,7 +178,8 @@ def _iou(one: Any, other: Any) -> float:
 def check(agreement: card.Agreement, asked: Export) -> None:
     """Raise UserError when the copy answers otherwise than its source."""
     if agreement.masks + agreement.texts == 0:
-        raise UserError(f"{asked.source}: answers none of {', '.join(ROWS)}, so a copy of it cannot be verified")
+        names = ", ".join(row.recipe for row in ROWS)
+        raise UserError(f"{asked.source}: answers none of {names}, so a copy of it cannot be verified")
     if agreement.iou < LEAST_IOU or agreement.same < LEAST_TEXTS * agreement.texts:
         raise UserError(
             f"{asked.source}: its {asked.dtype} copy answers otherwise: mean IoU {agreement.iou:.3f} over "

@@ -18,9 +18,9 @@ from xseg.infer import request
 from xseg.infer.processing import XSegProcessor
 from xseg.models import adapters, checkpoint
 from xseg.paths import default_model, shipped
-from xseg.tasks import interactive_seg, phrasing
+from xseg.tasks import base, interactive_seg, phrasing
 from xseg.tokens import IMAGE, REGION
-from xseg.types import Formatted, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
+from xseg.types import Batch, Formatted, ImageViews, ModelOutput, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
 
 LEAST_SCORE = 0.5
 """Least score of an object when several names compete; for the eye, not for benchmarks."""
@@ -72,24 +72,40 @@ class Predictor:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
         The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
-        The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
-        generated answer. Where a phrase is less likely than ``reject`` against the background, its mask is empty ("not
-        there"); None = the model's calibrated value, 0 always gives it a mask.
+        A phrase is answered in the model's own words, which its mask may read; for a list, and where these words do
+        not hold one ``<SEG>``, the answer is given, so that there is always a mask. Where a phrase is less likely than
+        ``reject`` against the background, its mask is empty ("not there"); None = the model's calibrated value, 0
+        always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
         if isinstance(text, str):
             asked = request.vocabulary(text) if request.VOCABULARY.match(text) else request.phrase(text)
         else:
             asked = request.categories(text)
-        turns = (Turn("user", f"{IMAGE}\n{asked.text}"), Turn("assistant", phrasing.ANSWER[0]))
-        formatted = Formatted(turns, (Query(0, tuple(range(len(asked.phrases)))),))
+        query = (Query(0, tuple(range(len(asked.phrases)))),)
         views = self.processor.sizes.views(opened(image))
-        encoded = self.processor.encode([views], formatted)
-        output = self.model(self.processor.batch([encoded]).to(device(self.model)))
+        ask = Turn("user", f"{IMAGE}\n{asked.text}")
+        answered = len(asked.phrases) == 1 and asked.regions is None
+        output = self._answered(self._batch(views, Formatted((ask,), query))) if answered else None
+        if output is None:
+            output = self.model(self._batch(views, Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), query)))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         reject = self.processor.reject if reject is None else reject
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
         return Result(views.geometry.original, found)
+
+    def _batch(self, views: ImageViews, formatted: Formatted) -> Batch:
+        waits = formatted.turns[-1].role == "user"
+        return self.processor.batch([self.processor.encode([views], formatted, generation=waits)]).to(
+            device(self.model)
+        )
+
+    def _answered(self, batch: Batch) -> ModelOutput | None:
+        """The masks of a generated answer; None where it has not exactly one ``<SEG>``, or spans of its own."""
+        stop_ids = self.processor.encoder.stop_ids if self.processor.encoder else ()
+        made = self.model.generate(batch, max_new_tokens=base.Base.max_new_tokens, stop_ids=stop_ids)
+        own = made.batch.concept_span.shape == batch.concept_span.shape
+        return made.output if own and len(made.queries[0]) == 1 else None
 
     @torch.inference_mode()
     def select(self, image: Image | str | Path, kind: str, where: Any) -> Result:
@@ -105,7 +121,7 @@ class Predictor:
         question = phrasing.PROMPT[0].format(phrase=phrasing.span(REGION))
         turns = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", phrasing.ANSWER[0]))
         formatted = Formatted(turns, (Query(0, (0,)),), (VisualPrompt(prompt),))
-        output = self.model(self.processor.batch([self.processor.encode([views], formatted)]).to(device(self.model)))
+        output = self.model(self._batch(views, formatted))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         best = postprocess.prompted(*logits, views.geometry, prompt)
         return Result(size, (Segment(best.mask, 0, best.score, kind),))

@@ -14,12 +14,16 @@ class Base:
     """Parent of all tasks."""
 
     name: ClassVar[str]
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "forced"
     max_new_tokens: ClassVar[int] = 128
     """Longest answer of an evaluation that generates."""
     donors = 0
     """How many other samples of the data set ``format`` wants to look through for prompts; seeded by (seed, epoch,
     index). Only images that a prompt names are decoded."""
+
+    @property
+    def eval_mode(self) -> Literal["forced", "generate"]:
+        """Whether evaluation gives the words of the answer ("forced") or the model finds them."""
+        return "forced"
 
     def view(self, sample: Sample) -> Sample:
         """Return the sample as this task asks for it and scores it; ``format``, ``decode`` and the metrics see that."""

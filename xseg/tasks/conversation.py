@@ -26,7 +26,11 @@ class Task(base.Base):
     """What the generated answer is compared as: the whole text, the letter of an option, or yes and no."""
 
     name: ClassVar[str] = "conversation"
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "generate"
+
+    @property
+    def eval_mode(self) -> Literal["forced", "generate"]:
+        """The words are the answer."""
+        return "generate"
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True

@@ -43,8 +43,12 @@ class Task(base.Base):
     mask_threshold: float = 0.5
 
     name: ClassVar[str] = "gcg_seg"
-    eval_mode: ClassVar[Literal["forced", "generate"]] = "generate"
     max_new_tokens: ClassVar[int] = 512
+
+    @property
+    def eval_mode(self) -> Literal["forced", "generate"]:
+        """The caption is the answer."""
+        return "generate"
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True

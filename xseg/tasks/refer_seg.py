@@ -55,8 +55,17 @@ class Task(base.Base):
     """Sets whose phrases name several objects: the masks of all decoder queries at least this sure of the phrase are
     united (X-SAM main takes 0.6 for gRefCOCO); None = only the best one's mask."""
     mask_threshold: float = 0.5
+    explain: Literal["behind", "before", "around"] = "behind"
+    """Where a training answer has the explanation of its phrase, if one is known: behind the mask, before it, or on
+    both sides. Where it is not just behind, evaluation lets the model say its answer, one phrase a sample: the mask may
+    read what was said before it."""
 
     name: ClassVar[str] = "refer_seg"
+
+    @property
+    def eval_mode(self) -> Literal["forced", "generate"]:
+        """ "generate" where something may stand before the mask."""
+        return "forced" if self.explain == "behind" else "generate"
 
     def view(self, sample: Sample) -> Sample:
         """Merge the sentences of each reference where ``sentences`` says so."""
@@ -67,32 +76,52 @@ class Task(base.Base):
     ) -> Formatted:
         """Ask for each phrase in its own turn; all instances of a phrase are targets, and there may be none.
 
-        In training an explanation stands behind the mask, which cannot wait for words that evaluation does not give.
+        Raises UserError for a sample without a phrase, and for one of several whose answers are to be generated.
         """
         if not sample.phrases:
             raise UserError(f"{sample.key}: task refer_seg needs phrases, this sample has none; check its source")
+        generates = not train and self.eval_mode == "generate"
+        if generates and len(sample.phrases) > 1:
+            raise UserError(
+                f"{sample.key}: {len(sample.phrases)} phrases, and refer_seg.explain = {self.explain!r} generates the "
+                "answer to one: let the source give every phrase as a sample of its own, or set explain to 'behind'"
+            )
         turns: list[Turn] = []
         queries = []
         for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
             head = "" if turns else f"{IMAGE}\n"
             question = phrasing.pick(phrasing.PHRASE, rng, train).format(phrase=phrasing.span(phrase.text.lower()))
-            turns += [Turn("user", head + question), Turn("assistant", _answer(phrase, rng, train))]
+            turns += [Turn("user", head + question), Turn("assistant", self._answer(phrase, rng, train))]
             queries.append(query(k, sample, phrase, self.negatives if train else "own"))
-        return Formatted(tuple(turns), tuple(queries))
+        return Formatted(tuple(turns[:-1] if generates else turns), tuple(queries))
+
+    def _answer(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
+        answer, said = phrasing.pick(phrasing.ANSWER, rng, train), phrase.explanation.strip()
+        if not train or not said:
+            return answer
+        if self.explain != "before":
+            # no space: a Llama tokenizer puts one behind <SEG>, and <SEG> would foretell a second one, not the words
+            answer = f"{answer.removesuffix('.')}{said}"
+        return answer if self.explain == "behind" else f"{said} {answer}"
 
     def decode(
-        self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
+        self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
-        """One segment per phrase, from the decoder query with the highest probability of the phrase.
+        """One segment per phrase, from the decoder query with the highest probability of the phrase; none where a
+        generated answer has not exactly one ``<SEG>``.
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
+        if output is None or (self.eval_mode == "generate" and not queries):
+            return Prediction(sample.key, text=text)
         options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
-        return masks_of_phrases(output, queries, sample, g, options)
+        return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)
 
     def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
-        note = f"empty below probability {self._least:.4g}" if self._least else ""
+        notes = [f"empty below probability {self._least:.4g}"] if self._least else []
+        notes += ["the answer is generated"] if self.eval_mode == "generate" else []
+        note = "; ".join(notes)
         return [PhraseIoU("sentence" if self.sentences == "each" else "reference", note), Presence(), OracleGap()]
 
     @property
@@ -115,12 +144,6 @@ class Task(base.Base):
         image = Image.fromarray((id_map[..., None] * [90, 50, 20]).astype(np.uint8))
         instances = (Instance(0, -1, id=1), Instance(1, -1, id=2))
         return Sample("example/refer", (image,), (8, 12), masks, instances, phrases=phrases, image_id=1)
-
-
-def _answer(phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
-    answer = phrasing.pick(phrasing.ANSWER, rng, train)
-    # no space: a tokenizer of Llama's kind puts one behind <SEG>, and <SEG> would foretell a second one, not the place
-    return f"{answer.removesuffix('.')}{phrase.explanation}" if train and phrase.explanation else answer
 
 
 def drawn(phrases: Sequence[Phrase], most: int, rng: np.random.Generator) -> list[Phrase]:
