@@ -82,8 +82,8 @@ class Phrase:
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
     explanation: str = ""
-    """Words that an answer may give with its mask, in training alone: why these instances are meant, before it
-    (ReasonSeg), or where they are, behind it (refer_seg); "" = none."""
+    """Words that a training answer may give with its mask: why these instances are meant, before it (ReasonSeg), or
+    where they are, on the sides that ``refer_seg`` was told; "" = none."""
 
 
 @dataclass(frozen=True)

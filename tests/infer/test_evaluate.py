@@ -29,6 +29,7 @@ def value(results: dict, metric: str, blind: bool = False) -> float:
 
 def test_targets_as_answers_score_the_maximum(root: Path, tmp_path: Path) -> None:
     predictor = oracle()
+    predictor.model.answers = ["nothing"]
     results = evaluate(predictor, suite(*ROWS), Evaluation(root, tmp_path, batch_size=2))
     assert value(results, "PQ") == pytest.approx(100, abs=0.01)
     assert value(results, "mIoU") == pytest.approx(100, abs=0.01)
@@ -102,25 +103,28 @@ def test_lines_of_instances_keep_the_likely_ones(root: Path, tmp_path: Path) -> 
     assert all(line["segments"] and min(s["score"] for s in line["segments"]) >= 0.5 for line in lines)
 
 
-@pytest.mark.parametrize(("explain", "there"), [("behind", True), ("before", False), ("around", False)])
-def test_a_generated_answer_without_its_mask_finds_nothing(
-    root: Path, tmp_path: Path, explain: str, there: bool
+@pytest.mark.parametrize("speaks", [False, True])
+@pytest.mark.parametrize("asked", [None, "given", "generated"])
+def test_a_model_that_speaks_first_finds_its_answers_unless_told(
+    root: Path, tmp_path: Path, speaks: bool, asked: str | None
 ) -> None:
-    row = SuiteRow(recipe=ROWS[1], task=TaskSpec(name="refer_seg", explain=explain))
-    for answer, found in (("It is here: <SEG>.", True), ("I see none.", there), ("<SEG> or <SEG>", there)):
+    row = SuiteRow(recipe=ROWS[1], task=TaskSpec(name="refer_seg", **({"answer": asked} if asked else {})))
+    generated = speaks if asked is None else asked == "generated"
+    for answer, found in (("It is here: <SEG>.", True), ("I see none.", False), ("<SEG> or <SEG>", False)):
         predictor = oracle()
-        predictor.model.answers = [answer]
+        predictor.model.answers, predictor.processor.speaks_first = [answer], speaks
         results = evaluate(predictor, Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
-        assert value(results, "cIoU") == pytest.approx(100 if found else 0, abs=0.01)
+        assert value(results, "cIoU") == pytest.approx(100 if found or not generated else 0, abs=0.01)
         assert value(results, "N-acc") == 100
-        assert any("the answer is generated" in r["protocol"] for r in results["rows"]) == (explain != "behind")
+        measured = [r for r in results["rows"] if not r["protocol"].startswith("blind")]
+        assert {"the answer is generated" in r["protocol"] for r in measured} == {generated}
         texts = {json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}
-        assert texts == ({""} if explain == "behind" else {answer})
+        assert texts == ({answer} if generated else {""})
 
 
 def test_sentences_about_one_picture_share_it(root: Path, tmp_path: Path) -> None:
-    predictor, row = oracle(), SuiteRow(recipe=ROWS[1], task=TaskSpec(name="refer_seg"))
-    evaluate(predictor, Suite(name="test", rows=[row]), Evaluation(root, tmp_path, batch_size=64))
+    predictor = oracle()
+    evaluate(predictor, suite(ROWS[1]), Evaluation(root, tmp_path, batch_size=64))
     [batch] = predictor.model.seen
     assert len(batch.mask_pixels) == len(batch.llm_pixels) == len(batch.geometry) == 5
     pairs = {(int(i), int(s)) for i, s in zip(batch.query_image, batch.query_slot, strict=True)}

@@ -1,6 +1,7 @@
 """Vocabularies and drawn prompts through the stateless predictor."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ class Blocks(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[Batch] = []
         self.speaks = False
-        """Whether a generated answer holds one <SEG>, as masks of its own: all on the left."""
+        """Whether a generated answer holds one <SEG>, whose masks are half as high."""
 
     def forward(self, batch: Batch) -> ModelOutput:
         self.seen.append(batch)
@@ -35,10 +36,10 @@ class Blocks(torch.nn.Module):
             logits[0, 0, k, min(k // 2, logits.shape[-1] - 2)] = LOUD - k
         return ModelOutput(masks, logits, torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, stop_ids: tuple[int, ...]) -> SimpleNamespace:
+    def generate(self, batch: Batch, *, max_new_tokens: int, stop_ids: Any, features: Any) -> SimpleNamespace:
         assert (batch.seg_position < 0).all() and max_new_tokens > 10 and stop_ids
         output = self.forward(batch)
-        output.mask_logits[..., 16:] = -LOUD
+        output.mask_logits[..., 10:, :] = -LOUD
         return SimpleNamespace(batch=batch, queries=[[0] if self.speaks else []], output=output)
 
 
@@ -59,16 +60,20 @@ def test_a_vocabulary_gives_objects_or_regions() -> None:
         predictor().segment(PICTURE, "ins: a, a")
 
 
-def test_a_phrase_is_answered_by_the_model_itself_where_it_can() -> None:
+def test_a_model_that_speaks_first_answers_a_phrase_itself_where_it_can() -> None:
     made = predictor()
+    made.processor.speaks_first = True
     given, listed = made.segment(PICTURE, "the circle"), made.segment(PICTURE, ["the circle", "the square"])
     assert rle.area(given.rle) == 192 and (made.model.seen[1].seg_position >= 0).all(), "words without a mask"
     made.model.speaks = True
     seen = len(made.model.seen)
     own = made.segment(PICTURE, "the circle")
-    assert len(made.model.seen) == seen + 1 and not own.mask[:, 16:].any()
+    assert len(made.model.seen) == seen + 1 and rle.area(own.rle) == 96
     again = made.segment(PICTURE, ["the circle", "the square"])
     assert [rle.area(s.mask) for s in again.segments] == [rle.area(s.mask) for s in listed.segments], "lists are given"
+    assert rle.area(made.segment(PICTURE, ["the circle"]).rle) == 192, "of one name too"
+    made.processor.speaks_first = False
+    assert rle.area(made.segment(PICTURE, "the circle").rle) == 192
 
 
 def test_a_rejected_phrase_is_empty_until_it_must_not_be() -> None:

@@ -122,15 +122,16 @@ def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Data
 def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
     """The task a model can be scored on: as asked, by the fixed label list for a stage-1 model, or None.
 
-    A task that leaves ``reject`` to the model gets the model's calibrated value.
+    Options that a task leaves to the model (None) get the model's own value.
     """
     task = load_task(spec)
-    if task.eval_mode == "forced" and predictor.model.config.segmentor_config is None:
+    if not task.scores_text and predictor.model.config.segmentor_config is None:
         return None
-    if predictor.processor.encoder is not None:
-        left = getattr(task, "reject", 0.0) is None
-        return TaskSpec(**{"name": spec.name, **spec.options, "reject": predictor.processor.reject}) if left else spec
     fields = {f.name for f in dataclasses.fields(task)}
+    if predictor.processor.encoder is not None:
+        own = predictor.processor.own_options
+        left = {name: own[name] for name in own.keys() & fields if getattr(task, name) is None}
+        return TaskSpec(**{"name": spec.name, **spec.options, **left})
     return TaskSpec(**{"name": spec.name, **spec.options, "labels": "fixed"}) if "labels" in fields else None
 
 
@@ -193,10 +194,8 @@ def share_images(batch: Batch, names: Sequence[str]) -> Batch:
 def _generate(
     predictor: Predictor, batch: Batch, max_new_tokens: int
 ) -> tuple[list[str], list[list[int]], ModelOutput | None]:
-    processor = predictor.processor
-    stop_ids = processor.encoder.stop_ids if processor.encoder else ()
-    made = predictor.model.generate(batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-    return [processor.decode(ids) for ids in made.sequences], made.queries, made.output
+    made = predictor.generate(batch, max_new_tokens)
+    return [predictor.processor.decode(ids) for ids in made.sequences], made.queries, made.output
 
 
 def _slices(encoded: Sequence[Encoded]) -> list[list[int]]:
@@ -281,7 +280,8 @@ def _merged(
     split = load_recipe(DataRecipe, row.recipe).split
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
-    table = [_table_row(head, score, score.protocol + labels, row) for m in metrics for score in m.compute()]
+    note = labels + dataset.task.note
+    table = [_table_row(head, score, score.protocol + note, row) for m in metrics for score in m.compute()]
     return table + (_blind_rows(dataset, head, row) if run.blind else [])
 
 

@@ -22,7 +22,7 @@ from xseg.types import ModelOutput, Prediction
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = (
     SuiteRow(recipe="shapes/panoptic_val"),
-    SuiteRow(recipe="shapes/refer_val", task=TaskSpec(name="refer_seg")),  # with the answer given, so masks are sure
+    SuiteRow(recipe="shapes/refer_val", task=TaskSpec(**{"name": "refer_seg", "answer": "given"})),  # masks are sure
     SuiteRow(recipe="shapes/talk_val"),
 )
 PICTURES, SIDE, SEED = 12, 96, 1

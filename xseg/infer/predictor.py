@@ -17,6 +17,7 @@ from xseg.geometry.views import read_image
 from xseg.infer import request
 from xseg.infer.processing import XSegProcessor
 from xseg.models import adapters, checkpoint
+from xseg.models.generation import Generated
 from xseg.paths import default_model, shipped
 from xseg.tasks import base, interactive_seg, phrasing
 from xseg.tokens import IMAGE, REGION
@@ -72,10 +73,10 @@ class Predictor:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
         The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
-        A phrase is answered in the model's own words, which its mask may read; for a list, and where these words do
-        not hold one ``<SEG>``, the answer is given, so that there is always a mask. Where a phrase is less likely than
-        ``reject`` against the background, its mask is empty ("not there"); None = the model's calibrated value, 0
-        always gives it a mask.
+        The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
+        generated answer. A model that learnt to explain before its mask answers a phrase itself; should its words not
+        hold one ``<SEG>``, the answer is given too. Where a phrase is less likely than ``reject`` against the
+        background, its mask is empty ("not there"); None = the model's calibrated value, 0 always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
         if isinstance(text, str):
@@ -85,7 +86,7 @@ class Predictor:
         query = (Query(0, tuple(range(len(asked.phrases)))),)
         views = self.processor.sizes.views(opened(image))
         ask = Turn("user", f"{IMAGE}\n{asked.text}")
-        answered = len(asked.phrases) == 1 and asked.regions is None
+        answered = self.processor.speaks_first and isinstance(text, str) and asked.regions is None
         output = self._answered(self._batch(views, Formatted((ask,), query))) if answered else None
         if output is None:
             output = self.model(self._batch(views, Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), query)))
@@ -94,16 +95,22 @@ class Predictor:
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
         return Result(views.geometry.original, found)
 
+    def generate(self, batch: Batch, most: int = base.Base.max_new_tokens, features: Any = None) -> Generated:
+        """Answer the prompts of a batch in at most ``most`` new tokens; ``features`` are those of its images, if known.
+
+        Raises UserError for a batch without text.
+        """
+        stop_ids = self.processor.encoder.stop_ids if self.processor.encoder else ()
+        return self.model.generate(batch, max_new_tokens=most, stop_ids=stop_ids, features=features)  # type: ignore[no-any-return]
+
     def _batch(self, views: ImageViews, formatted: Formatted) -> Batch:
         waits = formatted.turns[-1].role == "user"
-        return self.processor.batch([self.processor.encode([views], formatted, generation=waits)]).to(
-            device(self.model)
-        )
+        encoded = self.processor.encode([views], formatted, generation=waits)
+        return self.processor.batch([encoded]).to(device(self.model))
 
     def _answered(self, batch: Batch) -> ModelOutput | None:
         """The masks of a generated answer; None where it has not exactly one ``<SEG>``, or spans of its own."""
-        stop_ids = self.processor.encoder.stop_ids if self.processor.encoder else ()
-        made = self.model.generate(batch, max_new_tokens=base.Base.max_new_tokens, stop_ids=stop_ids)
+        made = self.generate(batch)
         own = made.batch.concept_span.shape == batch.concept_span.shape
         return made.output if own and len(made.queries[0]) == 1 else None
 

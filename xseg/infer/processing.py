@@ -45,15 +45,27 @@ class XSegProcessor:
     """The tokenizer, the chat template and the view sizes of one model; lives beside its weights.
 
     ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
+    ``speaks_first``: the model learnt to say before a mask what the mask may read, so it finds its answers itself.
     """
 
-    def __init__(self, encoder: Encoder | None, sizes: ViewSizes, calibration: Calibration | None = None) -> None:
-        self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        sizes: ViewSizes,
+        calibration: Calibration | None = None,
+        speaks_first: bool = False,
+    ) -> None:
+        self.encoder, self.sizes, self.calibration, self.speaks_first = encoder, sizes, calibration, speaks_first
 
     @property
     def reject(self) -> float:
         """The probability against the background below which a phrase is not there."""
         return LEAST if self.calibration is None else self.calibration.reject
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """What a task leaves to the model: its options' names and this model's values."""
+        return {"reject": self.reject, "answer": "generated" if self.speaks_first else "given"}
 
     @classmethod
     def from_recipe(cls, recipe: ModelRecipe, parts: Sequence[str]) -> "XSegProcessor":
@@ -71,7 +83,7 @@ class XSegProcessor:
         try:
             fields = json.loads(path.read_text(encoding="utf8"))
             sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
-            max_tokens, chosen = fields["max_tokens"], fields.get("calibration")
+            max_tokens, chosen, speaks = fields["max_tokens"], fields.get("calibration"), fields.get("speaks_first")
             calibration = None if chosen is None else Calibration(**chosen)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
@@ -81,7 +93,7 @@ class XSegProcessor:
             return cls(None, sizes, calibration)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
         encoder = Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens)
-        return cls(encoder, sizes, calibration)
+        return cls(encoder, sizes, calibration, bool(speaks))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
@@ -100,6 +112,7 @@ class XSegProcessor:
             "llm_mode": self.sizes.llm_mode,
             "max_tokens": None if self.encoder is None else self.encoder.max_tokens,
             "calibration": None if self.calibration is None else dataclasses.asdict(self.calibration),
+            "speaks_first": self.speaks_first,
         }
         return json.dumps(fields, indent=1) + "\n"
 

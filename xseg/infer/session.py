@@ -85,8 +85,7 @@ class Session:
         processor, model = self.predictor.processor, self.predictor.model
         encoded = processor.encode([self._views], Formatted(turns, self._queries(asked)), generation=True, key=text)
         batch = processor.batch([encoded]).to(device(model))
-        stop_ids = processor.encoder.stop_ids if processor.encoder else ()
-        made = model.generate(batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, features=self._features)
+        made = self.predictor.generate(batch, max_new_tokens, self._features)
         said = processor.decode(made.sequences[0])
         segments: tuple[Segment, ...] = ()
         # phrases that the answer itself marks take the place of those asked for

@@ -14,6 +14,8 @@ class Base:
     """Parent of all tasks."""
 
     name: ClassVar[str]
+    scores_text: ClassVar[bool] = False
+    """Whether a model without masks (stage 2) can be scored too."""
     max_new_tokens: ClassVar[int] = 128
     """Longest answer of an evaluation that generates."""
     donors = 0
@@ -24,6 +26,17 @@ class Base:
     def eval_mode(self) -> Literal["forced", "generate"]:
         """Whether evaluation gives the words of the answer ("forced") or the model finds them."""
         return "forced"
+
+    @property
+    def note(self) -> str:
+        """What every protocol of this task's scores ends with; "" = nothing."""
+        return ""
+
+    @property
+    def speaks_first(self) -> bool:
+        """Whether training answers say before their mask what the mask may read: such a model must find its answers
+        itself in evaluation, where ``answer`` of the task leaves that to the model."""
+        return False
 
     def view(self, sample: Sample) -> Sample:
         """Return the sample as this task asks for it and scores it; ``format``, ``decode`` and the metrics see that."""

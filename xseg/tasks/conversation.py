@@ -26,6 +26,7 @@ class Task(base.Base):
     """What the generated answer is compared as: the whole text, the letter of an option, or yes and no."""
 
     name: ClassVar[str] = "conversation"
+    scores_text: ClassVar[bool] = True
 
     @property
     def eval_mode(self) -> Literal["forced", "generate"]:

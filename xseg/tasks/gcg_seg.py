@@ -43,6 +43,7 @@ class Task(base.Base):
     mask_threshold: float = 0.5
 
     name: ClassVar[str] = "gcg_seg"
+    scores_text: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 512
 
     @property

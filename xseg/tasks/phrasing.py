@@ -3,11 +3,14 @@
 ``{names}`` is the list of category phrases or prompts, ``{phrase}`` one of them, all with their ``<p>`` markers.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from xseg.tokens import P_CLOSE, P_OPEN, SEG
+from xseg.tokens import P_CLOSE, P_OPEN, SEG, SPECIAL_TOKENS
+
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 CATEGORIES = (
     "Segment the image by these categories: {names}.",
@@ -92,6 +95,11 @@ PROMPTS = (
 def pick(variants: Sequence[str], rng: np.random.Generator, train: bool) -> str:
     """Return a random variant in training and the first one in evaluation, so that scores depend on no seed."""
     return variants[int(rng.integers(len(variants)))] if train else variants[0]
+
+
+def spoken(explanation: str) -> str:
+    """An explanation as an answer may hold it: one of a release may have markers, but an answer has one ``<SEG>``."""
+    return SPECIAL.sub("", explanation).strip()
 
 
 def span(text: str) -> str:

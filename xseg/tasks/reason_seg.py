@@ -15,7 +15,7 @@ from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
 from xseg.tasks import base, phrasing
 from xseg.tasks.refer_seg import drawn, masks_of_phrases, query
-from xseg.tokens import IMAGE, SEG
+from xseg.tokens import IMAGE
 from xseg.types import Formatted, Instance, Masks, ModelOutput, Phrase, Prediction, Sample, Turn, ViewGeometry
 
 SHORT = "short"
@@ -62,8 +62,7 @@ class Task(base.Base):
         text = phrase.text.lower() if phrase.kind == SHORT else phrase.text
         answer = phrasing.pick(phrasing.ANSWER, rng, train)
         if explains:
-            # An explanation of the release may hold the marker of another model; one answer has one of ours.
-            answer = f"{phrase.explanation.replace(SEG, '').strip()} {answer}"
+            answer = f"{phrasing.spoken(phrase.explanation)} {answer}"
         return phrasing.pick(wordings, rng, train).format(phrase=phrasing.span(text)), answer
 
     def decode(

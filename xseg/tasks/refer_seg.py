@@ -16,7 +16,7 @@ from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
 from xseg.tasks import base, phrasing
-from xseg.tokens import IMAGE
+from xseg.tokens import IMAGE, P_OPEN
 from xseg.types import (
     Formatted,
     Instance,
@@ -56,16 +56,28 @@ class Task(base.Base):
     united (X-SAM main takes 0.6 for gRefCOCO); None = only the best one's mask."""
     mask_threshold: float = 0.5
     explain: Literal["behind", "before", "around"] = "behind"
-    """Where a training answer has the explanation of its phrase, if one is known: behind the mask, before it, or on
-    both sides. Where it is not just behind, evaluation lets the model say its answer, one phrase a sample: the mask may
-    read what was said before it."""
+    """Training: where an answer has the explanation of its phrase, if one is known: behind the mask, before it, or on
+    both sides."""
+    answer: Literal["given", "generated"] | None = None
+    """Evaluation: whether the words of the answer are given, or the model finds them, for one phrase a sample, and the
+    mask reads what was said. None = "generated" for a model that learnt to explain before the mask, else "given"."""
 
     name: ClassVar[str] = "refer_seg"
 
     @property
     def eval_mode(self) -> Literal["forced", "generate"]:
-        """ "generate" where something may stand before the mask."""
-        return "forced" if self.explain == "behind" else "generate"
+        """As ``answer`` says."""
+        return "generate" if self.answer == "generated" else "forced"
+
+    @property
+    def note(self) -> str:
+        """How the answer came about, unless it was given."""
+        return "; the answer is generated, its mask empty unless it has one <SEG>" if self.answer == "generated" else ""
+
+    @property
+    def speaks_first(self) -> bool:
+        """Whether an explanation may stand before the mask."""
+        return self.explain != "behind"
 
     def view(self, sample: Sample) -> Sample:
         """Merge the sentences of each reference where ``sentences`` says so."""
@@ -83,8 +95,8 @@ class Task(base.Base):
         generates = not train and self.eval_mode == "generate"
         if generates and len(sample.phrases) > 1:
             raise UserError(
-                f"{sample.key}: {len(sample.phrases)} phrases, and refer_seg.explain = {self.explain!r} generates the "
-                "answer to one: let the source give every phrase as a sample of its own, or set explain to 'behind'"
+                f"{sample.key}: {len(sample.phrases)} phrases, and refer_seg.answer = 'generated' is for one: let the "
+                "source give every phrase as a sample of its own (grouping), or set answer to 'given'"
             )
         turns: list[Turn] = []
         queries = []
@@ -96,7 +108,7 @@ class Task(base.Base):
         return Formatted(tuple(turns[:-1] if generates else turns), tuple(queries))
 
     def _answer(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
-        answer, said = phrasing.pick(phrasing.ANSWER, rng, train), phrase.explanation.strip()
+        answer, said = phrasing.pick(phrasing.ANSWER, rng, train), phrasing.spoken(phrase.explanation)
         if not train or not said:
             return answer
         if self.explain != "before":
@@ -108,20 +120,19 @@ class Task(base.Base):
         self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
         """One segment per phrase, from the decoder query with the highest probability of the phrase; none where a
-        generated answer has not exactly one ``<SEG>``.
+        generated answer has not exactly one ``<SEG>``, or marks a phrase of its own, which is not what was asked for.
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
-        if output is None or (self.eval_mode == "generate" and not queries):
+        if self.eval_mode == "generate" and (output is None or not queries or P_OPEN in text):
             return Prediction(sample.key, text=text)
+        assert output is not None
         options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
         return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)
 
     def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
-        notes = [f"empty below probability {self._least:.4g}"] if self._least else []
-        notes += ["the answer is generated"] if self.eval_mode == "generate" else []
-        note = "; ".join(notes)
+        note = f"empty below probability {self._least:.4g}" if self._least else ""
         return [PhraseIoU("sentence" if self.sentences == "each" else "reference", note), Presence(), OracleGap()]
 
     @property

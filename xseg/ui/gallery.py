@@ -115,6 +115,7 @@ def texts(sample: Sample, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield turn.role, turn.text.replace("<image>", "").strip()
         if sample.turns[-1].role == "assistant":
             yield "truth", sample.turns[-1].text
+    if sample.turns or row["text"]:
         yield "model", row["text"]
 
 

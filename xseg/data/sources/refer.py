@@ -28,7 +28,7 @@ class Source:
     object and unique lower-cased sentence, the protocol X-SAM reports. "reference": all sentences of one reference are
     a sample, for the task's option ``sentences: merged`` (PSALM's protocol). A reference may name several objects or,
     with an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys. Beyond the
-    release, a sentence may have a "kind", for break-downs, and an "explanation", said behind its mask in training.
+    release, a sentence may have a "kind", for break-downs, and an "explanation", which training answers may say.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ def _phrases_by_image(refs: list[Record], catalogue: _Catalogue, where: str) -> 
             seen.add((image, objects, text))
             phrase_id = f"{ref['ref_id']}:{sentence.get('sent_id', number)}"
             phrase = {"text": text, "objects": objects, "id": phrase_id, "kind": sentence.get("kind", kind)}
-            out.setdefault(image, []).append({**phrase, "explanation": sentence.get("explanation", "")})
+            out.setdefault(image, []).append({**phrase, "explanation": str(sentence.get("explanation") or "")})
     return out
 
 
