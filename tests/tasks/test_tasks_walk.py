@@ -28,7 +28,7 @@ from xseg.models.build import build_model
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
-from xseg.tasks import SHARED, load_task
+from xseg.tasks import SHARED, load_task, phrasing
 from xseg.types import Sample
 
 NAMES = sorted({m.name for m in pkgutil.iter_modules(xseg.tasks.__path__)} - SHARED)
@@ -167,6 +167,25 @@ def test_a_generated_caption_brings_its_own_spans(encoder: Encoder, model: XSegM
     for _, prediction in predict(predictor, data, range(SAMPLES)):
         assert [s.label for s in prediction.segments] == ["two circles", "the grass"]
         assert [s.category for s in prediction.segments] == [0, 1] and prediction.text.count("<SEG>") == 1
+
+
+def test_words_that_are_generated_give_the_masks_of_the_same_words_given(
+    encoder: Encoder, model: XSegModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xseg.tasks.phrasing.ANSWER", phrasing.ANSWER[:1])
+    found = []
+    for answer in ("given", "generated"):
+        task = load_task(TaskSpec(**{"name": "refer_seg", "answer": answer, "reject": 0.0}))
+        one = [dataclasses.replace(s, phrases=s.phrases[k : k + 1]) for k, s in enumerate(samples(task))]
+        data = Dataset(ListSource(one), task, Preparation(encoder, SIZES, train=False))
+        predictor = Predictor(model.eval(), XSegProcessor(encoder, SIZES))
+        if answer == "generated":
+            predictor.model = Answering(model, encoder, data)
+        found.append([prediction for _, prediction in predict(predictor, data, range(SAMPLES))])
+    for given, generated in zip(*found, strict=True):
+        assert generated.text == phrasing.ANSWER[0] and given.text == ""
+        assert [(s.mask, s.label) for s in generated.segments] == [(s.mask, s.label) for s in given.segments]
+        assert generated.segments[0].score == pytest.approx(given.segments[0].score, abs=1e-5)
 
 
 @pytest.mark.parametrize("train", [True, False])
