@@ -68,6 +68,8 @@ class Instance:
     prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     """Annotated visual prompts that point at it: kind ("point", "scribble", "box", "mask", …) -> RLE in original
     pixels. Empty: tasks that need a prompt draw one from the mask."""
+    explanation: str = ""
+    """Words that a training answer to a prompt may give with its mask, as a phrase's explanation; "" = none."""
 
 
 @dataclass(frozen=True)

@@ -148,14 +148,14 @@ def test_an_explanation_is_said_behind_the_mask_in_training_alone() -> None:
 @pytest.mark.parametrize("explain", ["before", "around"])
 def test_an_explanation_may_stand_before_the_mask(explain: str) -> None:
     sample = refer_seg.Task.example()
-    told = dataclasses.replace(sample.phrases[0], explanation=f" b2{SEG}.")
+    told = dataclasses.replace(sample.phrases[0], explanation=f" It is red{SEG}. b2.")
     sample = dataclasses.replace(sample, phrases=(told, sample.phrases[1]))
     task = refer_seg.Task(explain=explain)
     assert task.speaks_first and not refer_seg.Task().speaks_first
     for seed in range(8):
         turns = task.format(sample, rng(seed), train=True).turns
         answers = {spans(q.text)[0]: a.text for q, a in zip(turns[::2], turns[1::2], strict=True)}
-        assert answers["the left circle"].startswith("b2. ")
+        assert answers["the left circle"].startswith("It is red. b2. ")
         assert answers["the left circle"].endswith(f"{SEG}b2." if explain == "around" else f"{SEG}.")
         assert "b2" not in answers["the right circle"] and answers["the right circle"].endswith(f"{SEG}.")
     assert task.format(sample, rng(0), train=False) == refer_seg.Task().format(sample, rng(0), train=False)
@@ -164,7 +164,7 @@ def test_an_explanation_may_stand_before_the_mask(explain: str) -> None:
 def test_a_generated_answer_is_to_one_phrase() -> None:
     sample, task = refer_seg.Task.example(), refer_seg.Task(answer="generated")
     told = dataclasses.replace(sample.phrases[0], explanation="b2.")
-    with pytest.raises(UserError, match="3 phrases, and refer_seg"):
+    with pytest.raises(UserError, match="3 phrases or objects, and refer_seg"):
         task.format(sample, rng(0), train=False)
     asked = task.format(dataclasses.replace(sample, phrases=(told,)), rng(0), train=False)
     assert [turn.role for turn in asked.turns] == ["user"] and len(asked.queries) == 1

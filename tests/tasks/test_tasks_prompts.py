@@ -39,6 +39,21 @@ def test_every_object_is_asked_for_by_a_prompt_of_its_own() -> None:
         assert iou(prompt.mask, row_rle(sample.masks, row)) > 0.7  # type: ignore[arg-type]
 
 
+def test_an_objects_explanation_is_said_about_its_prompt() -> None:
+    task, sample = pointed(explain="around")
+    instances = (dataclasses.replace(sample.instances[0], explanation="b2."), *sample.instances[1:])
+    sample = task.view(dataclasses.replace(sample, instances=instances))
+    for seed in range(4):
+        formatted = task.format(sample, rng(seed))
+        answers = {q.instances: t.text for q, t in zip(formatted.queries, formatted.turns[1::2], strict=True)}
+        assert answers[0,].startswith("b2. ") and answers[0,].endswith("<SEG>b2.")
+        assert "b2" not in answers[1,]
+    one = task.view(dataclasses.replace(sample, instances=sample.instances[:1]))
+    asked = pointed(answer="generated")[0].format(one, rng(0), train=False)
+    assert [t.role for t in asked.turns] == ["user"] and len(asked.prompts) == len(asked.queries) == 1
+    assert pointed(answer="generated")[0].decode(None, (), one, None, "none").segments == ()
+
+
 @pytest.mark.parametrize("kind", interactive_seg.KINDS)
 def test_each_kind_of_prompt_touches_its_object_and_is_fixed_in_evaluation(kind: interactive_seg.Kind) -> None:
     task, sample = pointed(kinds=(kind,))

@@ -88,18 +88,32 @@ def test_a_question_is_one_concept_with_the_instruction_behind_it() -> None:
     assert "momentum" not in formatted.turns[1].text, "evaluation asks for the mask alone"
 
 
-@pytest.mark.parametrize(("explain", "low", "high"), [(0.0, 0, 0), (0.5, 20, 60), (1.0, 80, 80)])
-def test_an_explanation_stands_before_the_mask_where_it_is_asked_for(explain: float, low: int, high: int) -> None:
+@pytest.mark.parametrize(("asks", "low", "high"), [(0.0, 0, 0), (0.5, 20, 60), (1.0, 80, 80)])
+def test_an_explanation_stands_before_the_mask_where_it_is_asked_for(asks: float, low: int, high: int) -> None:
     sample = reason_seg.Task.example()
     explained = 0
     for k in range(80):
-        turns = reason_seg.Task(explain=explain).format(sample, rng(k)).turns
+        turns = reason_seg.Task(asks=asks).format(sample, rng(k)).turns
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
             assert answer.text.count("<SEG>") == 1
             if answer.text.startswith("The larger disc keeps its momentum longer. "):
                 explained += 1
                 assert "roll" in question.text and re.search("reason|why|explain|makes you", question.text)
     assert low <= explained <= high
+
+
+def test_a_model_that_always_explains_is_asked_to_in_evaluation() -> None:
+    sample = reason_seg.Task.example()
+    one = dataclasses.replace(sample, phrases=sample.phrases[:1])
+    assert not reason_seg.Task().speaks_first, "half of its answers have no explanation"
+    task = reason_seg.Task(asks=1.0, explain="around")
+    told = "The larger disc keeps its momentum longer."
+    answer = task.format(one, rng(0)).turns[-1].text
+    assert task.speaks_first and answer.startswith(f"{told} ") and answer.endswith(f"<SEG>{told}")
+    (asked,) = reason_seg.Task(answer="generated").format(one, rng(0), train=False).turns
+    assert "Explain why" in asked.text and told not in asked.text
+    with pytest.raises(UserError, match="2 phrases or objects, and reason_seg"):
+        reason_seg.Task(answer="generated").format(sample, rng(0), train=False)
 
 
 def test_ignored_pixels_count_neither_way() -> None:

@@ -83,13 +83,9 @@ class Predictor:
             asked = request.vocabulary(text) if request.VOCABULARY.match(text) else request.phrase(text)
         else:
             asked = request.categories(text)
-        query = (Query(0, tuple(range(len(asked.phrases)))),)
         views = self.processor.sizes.views(opened(image))
-        ask = Turn("user", f"{IMAGE}\n{asked.text}")
-        answered = self.processor.speaks_first and isinstance(text, str) and asked.regions is None
-        output = self._answered(self._batch(views, Formatted((ask,), query))) if answered else None
-        if output is None:
-            output = self.model(self._batch(views, Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), query)))
+        one = isinstance(text, str) and asked.regions is None
+        output = self._output(views, asked.text, Query(0, tuple(range(len(asked.phrases)))), one=one)
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         reject = self.processor.reject if reject is None else reject
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
@@ -103,16 +99,25 @@ class Predictor:
         stop_ids = self.processor.encoder.stop_ids if self.processor.encoder else ()
         return self.model.generate(batch, max_new_tokens=most, stop_ids=stop_ids, features=features)  # type: ignore[no-any-return]
 
+    def _output(
+        self, views: ImageViews, text: str, query: Query, prompts: tuple[VisualPrompt, ...] = (), *, one: bool = True
+    ) -> ModelOutput:
+        """The masks of one query. Asked for ``one`` object, a model that speaks first answers itself, as far as its
+        words have one ``<SEG>`` and no spans of their own; else the answer is given."""
+        ask = Turn("user", f"{IMAGE}\n{text}")
+        if one and self.processor.speaks_first:
+            batch = self._batch(views, Formatted((ask,), (query,), prompts))
+            made = self.generate(batch)
+            own = made.batch.concept_span.shape == batch.concept_span.shape
+            if made.output is not None and own and len(made.queries[0]) == 1:
+                return made.output
+        given = Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), (query,), prompts)
+        return self.model(self._batch(views, given))  # type: ignore[no-any-return]
+
     def _batch(self, views: ImageViews, formatted: Formatted) -> Batch:
         waits = formatted.turns[-1].role == "user"
         encoded = self.processor.encode([views], formatted, generation=waits)
         return self.processor.batch([encoded]).to(device(self.model))
-
-    def _answered(self, batch: Batch) -> ModelOutput | None:
-        """The masks of a generated answer; None where it has not exactly one ``<SEG>``, or spans of its own."""
-        made = self.generate(batch)
-        own = made.batch.concept_span.shape == batch.concept_span.shape
-        return made.output if own and len(made.queries[0]) == 1 else None
 
     @torch.inference_mode()
     def select(self, image: Image | str | Path, kind: str, where: Any) -> Result:
@@ -126,9 +131,7 @@ class Predictor:
         size = views.geometry.original
         prompt = rle.encode(interactive_seg.from_user(kind, where, size))
         question = phrasing.PROMPT[0].format(phrase=phrasing.span(REGION))
-        turns = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", phrasing.ANSWER[0]))
-        formatted = Formatted(turns, (Query(0, (0,)),), (VisualPrompt(prompt),))
-        output = self.model(self._batch(views, formatted))
+        output = self._output(views, question, Query(0, (0,)), (VisualPrompt(prompt),))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         best = postprocess.prompted(*logits, views.geometry, prompt)
         return Result(size, (Segment(best.mask, 0, best.score, kind),))

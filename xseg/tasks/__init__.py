@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from xseg.config import TaskSpec
 from xseg.errors import UserError, did_you_mean
 
-SHARED = {"base", "phrasing"}
+SHARED = {"base", "phrasing", "spoken"}
 """Modules of this folder that are no tasks: what tasks have in common."""
 
 

@@ -18,6 +18,7 @@ from xseg.metrics.oracle import OracleGap
 from xseg.metrics.video import RegionAndOutline
 from xseg.tasks import base, phrasing
 from xseg.tasks.refer_seg import drawn, query
+from xseg.tasks.spoken import Spoken
 from xseg.tokens import IMAGE, REGION
 from xseg.types import (
     Formatted,
@@ -39,7 +40,7 @@ KINDS: tuple[Kind, ...] = ("point", "scribble", "stroke", "polygon", "box", "mas
 
 
 @dataclass(frozen=True)
-class Task(base.Base):
+class Task(Spoken):
     """Options of interactive segmentation."""
 
     kinds: tuple[Kind, ...] = KINDS
@@ -60,7 +61,7 @@ class Task(base.Base):
     def view(self, sample: Sample) -> Sample:
         """Make every object that is no crowd a phrase; its kind is the prompt's in evaluation."""
         phrases = tuple(
-            Phrase("", (k,), str(instance.id), _pick(self.kinds, fixed(sample, k)))
+            Phrase("", (k,), str(instance.id), _pick(self.kinds, fixed(sample, k)), instance.explanation)
             for k, instance in enumerate(sample.instances)
             if not instance.is_crowd
         )
@@ -75,6 +76,7 @@ class Task(base.Base):
                 f"{sample.key}: task interactive_seg needs objects and kinds of prompt, this sample has "
                 f"{len(sample.instances)} instances, crowds among them, and kinds are {list(self.kinds)}"
             )
+        waits = self.waits(sample, train)
         turns: list[Turn] = []
         queries, shown = [], []
         for k, phrase in enumerate(drawn(sample.phrases, self.max_objects, rng) if train else sample.phrases):
@@ -83,14 +85,16 @@ class Task(base.Base):
             shown.append(VisualPrompt(prompt_of(sample, place, kind, rng if train else fixed(sample, place))))
             head = "" if turns else f"{IMAGE}\n"
             question = phrasing.pick(phrasing.PROMPT, rng, train).format(phrase=phrasing.span(REGION))
-            turns += [Turn("user", head + question), Turn("assistant", phrasing.pick(phrasing.ANSWER, rng, train))]
+            turns += [Turn("user", head + question), Turn("assistant", self.said(phrase, rng, train))]
             queries.append(query(k, sample, phrase, "own"))
-        return Formatted(tuple(turns), tuple(queries), tuple(shown))
+        return Formatted(tuple(turns[:-1] if waits else turns), tuple(queries), tuple(shown))
 
     def decode(
-        self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
+        self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
-        """One segment per object; UserError when objects fell to the length limit of the text."""
+        """One segment per object, none for one that was not answered; UserError when objects were cut off."""
+        if output is None or self.unanswered(output, queries, text):
+            return Prediction(sample.key, text=text)
         base.check_all_fit(sample, queries, "prompts", "use a source that gives one object per sample")
         segments: list[Segment] = []
         pairs: list[oracle.Pair] = []
@@ -109,7 +113,7 @@ class Task(base.Base):
             segments.append(Segment(best.mask, 0, best.score, phrase.kind))
             named = [base.target(sample, [place], phrase.kind)]
             pairs += base.gap(sample, named, [best.mask], output.mask_logits[-1, row], g)
-        return Prediction(sample.key, tuple(segments), extra={"oracle": tuple(pairs)})
+        return Prediction(sample.key, tuple(segments), text=text, extra={"oracle": tuple(pairs)})
 
     def metrics(self) -> list[Metric]:
         """MIoU and cIoU over objects, per kind of prompt, the oracle gap, and J and F of frames."""

@@ -1,9 +1,10 @@
 """Reasoning segmentation: a question or a phrase that takes a step of thought, an explanation where one is known, and a
 mask (X-SAM section 3.1; LISA's ReasonSeg)."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,8 +14,9 @@ from xseg.metrics import Metric
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
-from xseg.tasks import base, phrasing
+from xseg.tasks import phrasing
 from xseg.tasks.refer_seg import drawn, masks_of_phrases, query
+from xseg.tasks.spoken import Spoken
 from xseg.tokens import IMAGE
 from xseg.types import Formatted, Instance, Masks, ModelOutput, Phrase, Prediction, Sample, Turn, ViewGeometry
 
@@ -23,12 +25,13 @@ SHORT = "short"
 
 
 @dataclass(frozen=True)
-class Task(base.Base):
+class Task(Spoken):
     """Options of reasoning segmentation."""
 
-    explain: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Training: probability that a question with a known explanation asks for it and gets it before the mask (the
-    paper's value). Evaluation asks for the mask alone."""
+    asks: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Training: probability that a question with a known explanation asks for it and gets it (the paper's value).
+    Evaluation asks for the mask alone, but for an explanation where answers are generated."""
+    explain: Literal["behind", "before", "around"] = "before"
     max_phrases: int = 8
     """Training: of a sample with more questions, this many are drawn."""
     reject: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -37,6 +40,11 @@ class Task(base.Base):
     mask_threshold: float = 0.5
 
     name: ClassVar[str] = "reason_seg"
+
+    @property
+    def speaks_first(self) -> bool:
+        """Whether every answer may hold an explanation before its mask; who gives some answers without can do both."""
+        return self.explain != "behind" and self.asks == 1
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
@@ -47,6 +55,7 @@ class Task(base.Base):
         """
         if not sample.phrases:
             raise UserError(f"{sample.key}: task reason_seg needs questions, this sample has none; check its source")
+        waits = self.waits(sample, train)
         turns: list[Turn] = []
         queries = []
         for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
@@ -54,23 +63,24 @@ class Task(base.Base):
             head = "" if turns else f"{IMAGE}\n"
             turns += [Turn("user", head + question), Turn("assistant", answer)]
             queries.append(query(k, sample, phrase, "own"))
-        return Formatted(tuple(turns), tuple(queries))
+        return Formatted(tuple(turns[:-1] if waits else turns), tuple(queries))
 
     def _words(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> tuple[str, str]:
-        explains = bool(phrase.explanation) and train and rng.random() < self.explain
+        explains = bool(phrase.explanation) and rng.random() < self.asks if train else self.eval_mode == "generate"
         wordings = phrasing.EXPLAIN if explains else phrasing.PHRASE if phrase.kind == SHORT else phrasing.QUESTION
         text = phrase.text.lower() if phrase.kind == SHORT else phrase.text
-        answer = phrasing.pick(phrasing.ANSWER, rng, train)
-        if explains:
-            answer = f"{phrasing.spoken(phrase.explanation)} {answer}"
+        answer = self.said(phrase, rng, train) if explains else phrasing.pick(phrasing.ANSWER, rng, train)
         return phrasing.pick(wordings, rng, train).format(phrase=phrasing.span(text)), answer
 
     def decode(
-        self, output: ModelOutput, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
+        self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
-        """One segment per question, from the decoder query most sure of it; UserError when questions were cut off."""
+        """One segment per question, from the decoder query most sure of it, none for a question that was not answered;
+        UserError when questions were cut off."""
+        if output is None or self.unanswered(output, queries, text):
+            return Prediction(sample.key, text=text)
         options = {"reject": self.reject, "threshold": self.mask_threshold}
-        return masks_of_phrases(output, queries, sample, g, options)
+        return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)
 
     def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest without ignored pixels, over all, short and long questions; the oracle gap."""

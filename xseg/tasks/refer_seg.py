@@ -16,7 +16,8 @@ from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
 from xseg.metrics.presence import Presence
 from xseg.tasks import base, phrasing
-from xseg.tokens import IMAGE, P_OPEN
+from xseg.tasks.spoken import Spoken
+from xseg.tokens import IMAGE
 from xseg.types import (
     Formatted,
     Instance,
@@ -36,7 +37,7 @@ LEAST = 0.5
 
 
 @dataclass(frozen=True)
-class Task(base.Base):
+class Task(Spoken):
     """Options of referring segmentation."""
 
     negatives: Literal["own", "batch"] = "batch"
@@ -55,29 +56,8 @@ class Task(base.Base):
     """Sets whose phrases name several objects: the masks of all decoder queries at least this sure of the phrase are
     united (X-SAM main takes 0.6 for gRefCOCO); None = only the best one's mask."""
     mask_threshold: float = 0.5
-    explain: Literal["behind", "before", "around"] = "behind"
-    """Training: where an answer has the explanation of its phrase, if one is known: behind the mask, before it, or on
-    both sides."""
-    answer: Literal["given", "generated"] | None = None
-    """Evaluation: whether the words of the answer are given, or the model finds them, for one phrase a sample, and the
-    mask reads what was said. None = "generated" for a model that learnt to explain before the mask, else "given"."""
 
     name: ClassVar[str] = "refer_seg"
-
-    @property
-    def eval_mode(self) -> Literal["forced", "generate"]:
-        """As ``answer`` says."""
-        return "generate" if self.answer == "generated" else "forced"
-
-    @property
-    def note(self) -> str:
-        """How the answer came about, unless it was given."""
-        return "; the answer is generated, its mask empty unless it has one <SEG>" if self.answer == "generated" else ""
-
-    @property
-    def speaks_first(self) -> bool:
-        """Whether an explanation may stand before the mask."""
-        return self.explain != "behind"
 
     def view(self, sample: Sample) -> Sample:
         """Merge the sentences of each reference where ``sentences`` says so."""
@@ -92,41 +72,26 @@ class Task(base.Base):
         """
         if not sample.phrases:
             raise UserError(f"{sample.key}: task refer_seg needs phrases, this sample has none; check its source")
-        generates = not train and self.eval_mode == "generate"
-        if generates and len(sample.phrases) > 1:
-            raise UserError(
-                f"{sample.key}: {len(sample.phrases)} phrases, and refer_seg.answer = 'generated' is for one: let the "
-                "source give every phrase as a sample of its own (grouping), or set answer to 'given'"
-            )
+        waits = self.waits(sample, train)
         turns: list[Turn] = []
         queries = []
         for k, phrase in enumerate(drawn(sample.phrases, self.max_phrases, rng) if train else sample.phrases):
             head = "" if turns else f"{IMAGE}\n"
             question = phrasing.pick(phrasing.PHRASE, rng, train).format(phrase=phrasing.span(phrase.text.lower()))
-            turns += [Turn("user", head + question), Turn("assistant", self._answer(phrase, rng, train))]
+            turns += [Turn("user", head + question), Turn("assistant", self.said(phrase, rng, train))]
             queries.append(query(k, sample, phrase, self.negatives if train else "own"))
-        return Formatted(tuple(turns[:-1] if generates else turns), tuple(queries))
-
-    def _answer(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
-        answer, said = phrasing.pick(phrasing.ANSWER, rng, train), phrasing.spoken(phrase.explanation)
-        if not train or not said:
-            return answer
-        if self.explain != "before":
-            # no space: a Llama tokenizer puts one behind <SEG>, and <SEG> would foretell a second one, not the words
-            answer = f"{answer.removesuffix('.')}{said}"
-        return answer if self.explain == "behind" else f"{said} {answer}"
+        return Formatted(tuple(turns[:-1] if waits else turns), tuple(queries))
 
     def decode(
         self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
-        """One segment per phrase, from the decoder query with the highest probability of the phrase; none where a
-        generated answer has not exactly one ``<SEG>``, or marks a phrase of its own, which is not what was asked for.
+        """One segment per phrase, from the decoder query with the highest probability of the phrase; none for a phrase
+        that was not answered.
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
-        if self.eval_mode == "generate" and (output is None or not queries or P_OPEN in text):
+        if output is None or self.unanswered(output, queries, text):
             return Prediction(sample.key, text=text)
-        assert output is not None
         options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
         return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)
 

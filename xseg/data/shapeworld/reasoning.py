@@ -37,8 +37,8 @@ LEAST_ODD = 3
 """Fewest things among which one can be the odd one."""
 LEAST_ALIKE = 2
 """With so few things "the other one" takes no look."""
-EXPLAINED, SENTENCES = 0.6, 0.5
-"""How often an explanation is known, and how often a whole question is asked rather than a phrase named."""
+SENTENCES = 0.5
+"""How often a whole question is asked rather than a phrase named."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Riddle:
     thing: int
     """Index into ``Scene.things``, which holds others too."""
     explanation: str
-    """Why, in a sentence; "" = none is given."""
+    """Why, in a sentence."""
 
 
 Found = tuple[str, str, int, str] | None
@@ -66,9 +66,8 @@ def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
         found = ASK[str(kind)](scene, rng)
         if found is not None:
             sentence, phrase, thing, explanation = found
-            is_sentence, explained = bool(rng.random() < SENTENCES), bool(rng.random() < EXPLAINED)
-            text = sentence if is_sentence else phrase
-            out.append(Riddle(str(kind), text, is_sentence, thing, explanation if explained else ""))
+            is_sentence = bool(rng.random() < SENTENCES)
+            out.append(Riddle(str(kind), sentence if is_sentence else phrase, is_sentence, thing, explanation))
     return out[:count]
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from xseg.data.parallel import ordered
 from xseg.data.records import read_records
+from xseg.data.shapeworld.board import place_of
 from xseg.data.shapeworld.clips import write_clips
 from xseg.data.shapeworld.grounded import grounded, record
 from xseg.data.shapeworld.pointing import point_at
@@ -35,7 +36,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json
 from xseg.geometry.prompts import KINDS
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same arguments give other files than before."""
 RIDDLES = 3
 """Most riddles a picture."""
@@ -137,15 +138,14 @@ class _Job:
     def _riddles(self, scene: Scene, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         phrases = []
         for riddle in riddles(scene, rng, RIDDLES):
-            phrase: dict[str, Any] = {"text": riddle.text, "objects": [riddle.thing]}
-            phrase["kind"] = "long" if riddle.is_sentence else "short"
-            if riddle.explanation:
-                phrase["explanation"] = riddle.explanation
-            phrases.append(phrase)
+            told = f"{riddle.explanation} {place_of(scene, [riddle.thing])}."
+            phrase: dict[str, Any] = {"text": riddle.text, "objects": [riddle.thing], "explanation": told}
+            phrases.append({**phrase, "kind": "long" if riddle.is_sentence else "short"})
         return self._lines(scene, number, "phrases", [[p] for p in phrases], [phrases] if phrases else [])
 
     def _interactive(self, scene: Scene, number: int, prompts: list[Any]) -> list[dict[str, Any]]:
-        objects = [{**o, "prompts": p} for o, p in zip(_objects(scene), prompts, strict=True)]
+        told = [{"prompts": p, "explanation": f"{place_of(scene, [i])}."} for i, p in enumerate(prompts)]
+        objects = [{**o, **t} for o, t in zip(_objects(scene), told, strict=True)]
         return self._lines(scene, number, "objects", [[o] for o in objects], [objects])
 
     def _lines(

@@ -4,7 +4,8 @@
 
     {"image": "a.jpg",
      "objects": [{"segmentation": [[x1, y1, x2, y2, …]], "category": "dog", "id": 3, "crowd": false,
-                  "prompts": {"point": [x, y], "scribble": [[x, y], …], "box": [x1, y1, x2, y2]}}],
+                  "prompts": {"point": [x, y], "scribble": [[x, y], …], "box": [x1, y1, x2, y2]},
+                  "explanation": "It is the nearest."}],
      "phrases": [{"text": "the left dog", "objects": [0], "explanation": "It is nearer to the ball.", "kind": "place"}],
      "caption": "<p>a dog</p> beside <p>two cats</p>", "spans": [[0], [1, 2]],
      "turns": [{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": "A dog."}],
@@ -45,7 +46,7 @@ from xseg.tokens import IMAGE, P_CLOSE, P_OPEN
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size, Turn
 
 LINE = {"image", "images", "objects", "phrases", "caption", "spans", "turns", "ignore", "size", "id", "kind"}
-OBJECT = {"segmentation", "category", "id", "crowd", "prompts"}
+OBJECT = {"segmentation", "category", "id", "crowd", "prompts", "explanation"}
 PHRASE = {"text", "objects", "explanation", "kind", "id"}
 Record = dict[str, Any]
 
@@ -149,9 +150,8 @@ class Source:
             if not isinstance(given, Mapping):
                 raise UserError(f"{place}: prompts: {str(given)[:60]!r} must map kinds to prompts; correct it")
             prompts = {kind: self._prompt(kind, value, size, f"{place}: {kind}") for kind, value in given.items()}
-            instances.append(
-                Instance(number, category, bool(item.get("crowd", False)), whole(item, "id", place, number), prompts)
-            )
+            crowd, key, told = bool(item.get("crowd", False)), whole(item, "id", place, number), item.get("explanation")
+            instances.append(Instance(number, category, crowd, key, prompts, str(told or "")))
         return tuple(rles), tuple(instances)
 
     def _rle(self, segmentation: Any, size: Size, where: str) -> dict[str, Any]:
@@ -218,6 +218,8 @@ def _object(instance: Instance, sample: Sample) -> Record:
         row["crowd"] = True
     if instance.prompts:
         row["prompts"] = {kind: to_json(rle) for kind, rle in instance.prompts.items()}
+    if instance.explanation:
+        row["explanation"] = instance.explanation
     return row
 
 
@@ -302,7 +304,7 @@ def _phrases(row: Record, objects: int, key: str, where: str) -> tuple[Phrase, .
         rows = _chosen(field(item, "objects", place), objects, place)
         kind = str(item.get("kind", "" if rows else "no-target"))
         phrase_id = str(item.get("id", f"{key}:{i}"))
-        out.append(Phrase(text, rows, phrase_id, kind, str(item.get("explanation", ""))))
+        out.append(Phrase(text, rows, phrase_id, kind, str(item.get("explanation") or "")))
     return tuple(out)
 
 
