@@ -84,8 +84,8 @@ class Phrase:
     kind: str = ""
     """Free label for break-downs of the score, such as "relation" or "no-target"."""
     explanation: str = ""
-    """Words that a training answer may give with its mask: why these instances are meant, before it (ReasonSeg), or
-    where they are, on the sides that ``refer_seg`` was told; "" = none."""
+    """Words that a training answer may give with its mask, such as why these instances are meant or where they are, on
+    the sides that the task was told (``tasks/spoken.py``); "" = none."""
 
 
 @dataclass(frozen=True)

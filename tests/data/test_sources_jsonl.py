@@ -80,7 +80,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     panoptic_file(tmp_path)
     options = {"images": "pictures", "panoptic_json": "panoptic.json"}
     coco = load_source("coco", tmp_path, "val", options)[0]
-    coco = dataclasses.replace(coco, ignore=row_rle(coco.masks, 0), kind="k")  # type: ignore[arg-type]
+    told = tuple(dataclasses.replace(i, explanation=f"{k}.") for k, i in enumerate(coco.instances))
+    coco = dataclasses.replace(coco, ignore=row_rle(coco.masks, 0), kind="k", instances=told)  # type: ignore[arg-type]
     assert coco.categories is not None
     source = write(tmp_path, to_line(coco, tmp_path), categories=list(coco.categories.names), stuff=["wall"])
     again = source[0]

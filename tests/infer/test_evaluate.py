@@ -103,6 +103,9 @@ def test_lines_of_instances_keep_the_likely_ones(root: Path, tmp_path: Path) -> 
     assert all(line["segments"] and min(s["score"] for s in line["segments"]) >= 0.5 for line in lines)
 
 
+WITHOUT = ("I see none.", "<SEG> or <SEG>", "<p>the cat</p> is <SEG>.")
+
+
 @pytest.mark.parametrize("speaks", [False, True])
 @pytest.mark.parametrize("asked", [None, "given", "generated"])
 def test_a_model_that_speaks_first_finds_its_answers_unless_told(
@@ -110,9 +113,9 @@ def test_a_model_that_speaks_first_finds_its_answers_unless_told(
 ) -> None:
     row = SuiteRow(recipe=ROWS[1], task=TaskSpec(name="refer_seg", **({"answer": asked} if asked else {})))
     generated = speaks if asked is None else asked == "generated"
-    for answer, found in (("It is here: <SEG>.", True), ("I see none.", False), ("<SEG> or <SEG>", False)):
+    for answer, found in (("It is here: <SEG>.", True), *((text, False) for text in WITHOUT)):
         predictor = oracle()
-        predictor.model.answers, predictor.processor.speaks_first = [answer], speaks
+        predictor.model.answers, predictor.processor.speaks_first = [answer], ["refer_seg"] * speaks
         results = evaluate(predictor, Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
         assert value(results, "cIoU") == pytest.approx(100 if found or not generated else 0, abs=0.01)
         assert value(results, "N-acc") == 100

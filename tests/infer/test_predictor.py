@@ -62,7 +62,7 @@ def test_a_vocabulary_gives_objects_or_regions() -> None:
 
 def test_a_model_that_speaks_first_answers_a_phrase_itself_where_it_can() -> None:
     made = predictor()
-    made.processor.speaks_first = True
+    made.processor.speaks_first = ["refer_seg"]
     given, listed = made.segment(PICTURE, "the circle"), made.segment(PICTURE, ["the circle", "the square"])
     assert rle.area(given.rle) == 192 and (made.model.seen[1].seg_position >= 0).all(), "words without a mask"
     made.model.speaks = True
@@ -72,8 +72,11 @@ def test_a_model_that_speaks_first_answers_a_phrase_itself_where_it_can() -> Non
     again = made.segment(PICTURE, ["the circle", "the square"])
     assert [rle.area(s.mask) for s in again.segments] == [rle.area(s.mask) for s in listed.segments], "lists are given"
     assert rle.area(made.segment(PICTURE, ["the circle"]).rle) == 192, "of one name too"
-    made.processor.speaks_first = False
+    made.processor.speaks_first = ["interactive_seg"]
     assert rle.area(made.segment(PICTURE, "the circle").rle) == 192
+    assert rle.area(made.select(PICTURE, "point", [(6, 4)]).rle) == 96
+    made.processor.speaks_first = []
+    assert rle.area(made.select(PICTURE, "point", [(6, 4)]).rle) == 192
 
 
 def test_a_rejected_phrase_is_empty_until_it_must_not_be() -> None:

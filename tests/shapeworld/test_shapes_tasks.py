@@ -7,6 +7,7 @@ import pytest
 
 from xseg import config
 from xseg.data.lint import lint
+from xseg.data.shapeworld.board import square
 from xseg.data.shapeworld.pointing import KINDS, point_at
 from xseg.data.shapeworld.tasks import write_all, write_tasks
 from xseg.data.shapeworld.world import HELD_OUT_SHAPES, sample_scene, split_scene
@@ -64,6 +65,10 @@ def test_masks_are_those_of_the_scene(root: Path) -> None:
             masks = dense(sample.masks)
             assert len(masks) == len(scene.things)
             assert all((mask == scene.visible(k)).all() for k, mask in enumerate(masks))
+            squares = [square(thing) for thing in scene.things]
+            assert all(p.explanation.endswith(f" {squares[p.instances[0]]}.") for p in sample.phrases)
+            if name == "interactive_train":
+                assert [i.explanation for i in sample.instances] == [f"{s}." for s in squares]
             if sample.categories:
                 assert [sample.categories.names[i.category] for i in sample.instances] == [
                     t.shape for t in scene.things

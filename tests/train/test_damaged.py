@@ -36,6 +36,7 @@ def sound(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = assemble.load_data(stage)
     folder = tmp_path_factory.mktemp("earlier") / "final"
     checkpoint.save(build_model(assemble.configuration(stage, loaded)), folder)
+    assert loaded.processor.speaks_first == ["refer_seg"], "as its expressions are trained"
     loaded.processor.save_pretrained(folder)
     return folder
 

@@ -129,7 +129,7 @@ def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
         return None
     fields = {f.name for f in dataclasses.fields(task)}
     if predictor.processor.encoder is not None:
-        own = predictor.processor.own_options
+        own = predictor.processor.own_options(task.name)
         left = {name: own[name] for name in own.keys() & fields if getattr(task, name) is None}
         return TaskSpec(**{"name": spec.name, **spec.options, **left})
     return TaskSpec(**{"name": spec.name, **spec.options, "labels": "fixed"}) if "labels" in fields else None

@@ -19,7 +19,7 @@ from xseg.infer.processing import XSegProcessor
 from xseg.models import adapters, checkpoint
 from xseg.models.generation import Generated
 from xseg.paths import default_model, shipped
-from xseg.tasks import base, interactive_seg, phrasing
+from xseg.tasks import interactive_seg, phrasing, spoken
 from xseg.tokens import IMAGE, REGION
 from xseg.types import Batch, Formatted, ImageViews, ModelOutput, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
 
@@ -73,9 +73,9 @@ class Predictor:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
 
         The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
-        The answer with its ``<SEG>`` is given, as in evaluation, so that a mask never hangs on the wording of a
-        generated answer. A model that learnt to explain before its mask answers a phrase itself; should its words not
-        hold one ``<SEG>``, the answer is given too. Where a phrase is less likely than ``reject`` against the
+        The answer with its ``<SEG>`` is given, so that a mask never hangs on the wording of a generated one; but a
+        model that learnt to explain before its mask answers a phrase itself, as in evaluation, and only where its words
+        do not hold one ``<SEG>`` they are given. Where a phrase is less likely than ``reject`` against the
         background, its mask is empty ("not there"); None = the model's calibrated value, 0 always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
@@ -84,14 +84,14 @@ class Predictor:
         else:
             asked = request.categories(text)
         views = self.processor.sizes.views(opened(image))
-        one = isinstance(text, str) and asked.regions is None
-        output = self._output(views, asked.text, Query(0, tuple(range(len(asked.phrases)))), one=one)
+        task = "refer_seg" if isinstance(text, str) and asked.regions is None else ""
+        output = self._output(task, views, asked.text, Query(0, tuple(range(len(asked.phrases)))))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         reject = self.processor.reject if reject is None else reject
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
         return Result(views.geometry.original, found)
 
-    def generate(self, batch: Batch, most: int = base.Base.max_new_tokens, features: Any = None) -> Generated:
+    def generate(self, batch: Batch, most: int, features: Any = None) -> Generated:
         """Answer the prompts of a batch in at most ``most`` new tokens; ``features`` are those of its images, if known.
 
         Raises UserError for a batch without text.
@@ -100,14 +100,14 @@ class Predictor:
         return self.model.generate(batch, max_new_tokens=most, stop_ids=stop_ids, features=features)  # type: ignore[no-any-return]
 
     def _output(
-        self, views: ImageViews, text: str, query: Query, prompts: tuple[VisualPrompt, ...] = (), *, one: bool = True
+        self, task: str, views: ImageViews, text: str, query: Query, prompts: tuple[VisualPrompt, ...] = ()
     ) -> ModelOutput:
-        """The masks of one query. Asked for ``one`` object, a model that speaks first answers itself, as far as its
-        words have one ``<SEG>`` and no spans of their own; else the answer is given."""
+        """The masks of one query. A model that speaks first in ``task`` answers itself, as far as its words have one
+        ``<SEG>`` and no spans of their own; else the answer is given."""
         ask = Turn("user", f"{IMAGE}\n{text}")
-        if one and self.processor.speaks_first:
+        if task in self.processor.speaks_first:
             batch = self._batch(views, Formatted((ask,), (query,), prompts))
-            made = self.generate(batch)
+            made = self.generate(batch, spoken.Spoken.max_new_tokens)
             own = made.batch.concept_span.shape == batch.concept_span.shape
             if made.output is not None and own and len(made.queries[0]) == 1:
                 return made.output
@@ -131,7 +131,7 @@ class Predictor:
         size = views.geometry.original
         prompt = rle.encode(interactive_seg.from_user(kind, where, size))
         question = phrasing.PROMPT[0].format(phrase=phrasing.span(REGION))
-        output = self._output(views, question, Query(0, (0,)), (VisualPrompt(prompt),))
+        output = self._output("interactive_seg", views, question, Query(0, (0,)), (VisualPrompt(prompt),))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         best = postprocess.prompted(*logits, views.geometry, prompt)
         return Result(size, (Segment(best.mask, 0, best.score, kind),))

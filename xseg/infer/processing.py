@@ -45,7 +45,8 @@ class XSegProcessor:
     """The tokenizer, the chat template and the view sizes of one model; lives beside its weights.
 
     ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
-    ``speaks_first``: the model learnt to say before a mask what the mask may read, so it finds its answers itself.
+    ``speaks_first``: tasks in which the model learnt to say before a mask what the mask may read: there it finds its
+    answers itself.
     """
 
     def __init__(
@@ -53,19 +54,19 @@ class XSegProcessor:
         encoder: Encoder | None,
         sizes: ViewSizes,
         calibration: Calibration | None = None,
-        speaks_first: bool = False,
+        speaks_first: Sequence[str] = (),
     ) -> None:
-        self.encoder, self.sizes, self.calibration, self.speaks_first = encoder, sizes, calibration, speaks_first
+        self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
+        self.speaks_first = list(speaks_first)
 
     @property
     def reject(self) -> float:
         """The probability against the background below which a phrase is not there."""
         return LEAST if self.calibration is None else self.calibration.reject
 
-    @property
-    def own_options(self) -> dict[str, Any]:
+    def own_options(self, task: str) -> dict[str, Any]:
         """What a task leaves to the model: its options' names and this model's values."""
-        return {"reject": self.reject, "answer": "generated" if self.speaks_first else "given"}
+        return {"reject": self.reject, "answer": "generated" if task in self.speaks_first else "given"}
 
     @classmethod
     def from_recipe(cls, recipe: ModelRecipe, parts: Sequence[str]) -> "XSegProcessor":
@@ -83,7 +84,8 @@ class XSegProcessor:
         try:
             fields = json.loads(path.read_text(encoding="utf8"))
             sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
-            max_tokens, chosen, speaks = fields["max_tokens"], fields.get("calibration"), fields.get("speaks_first")
+            max_tokens, chosen = fields["max_tokens"], fields.get("calibration")
+            speaks_first = fields.get("speaks_first", ())
             calibration = None if chosen is None else Calibration(**chosen)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
@@ -93,7 +95,7 @@ class XSegProcessor:
             return cls(None, sizes, calibration)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
         encoder = Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens)
-        return cls(encoder, sizes, calibration, bool(speaks))
+        return cls(encoder, sizes, calibration, speaks_first)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""

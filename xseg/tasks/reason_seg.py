@@ -42,6 +42,11 @@ class Task(Spoken):
     name: ClassVar[str] = "reason_seg"
 
     @property
+    def note(self) -> str:
+        """How the answer came about, unless it was given."""
+        return f"; asked for an explanation{super().note}" if super().note else ""
+
+    @property
     def speaks_first(self) -> bool:
         """Whether every answer may hold an explanation before its mask; who gives some answers without can do both."""
         return self.explain != "behind" and self.asks == 1

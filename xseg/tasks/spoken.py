@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Spoken(base.Base):
     """Evaluation: whether the words of the answer are given, or the model finds them, for one phrase a sample, and the
     mask reads what was said. None = "generated" for a model that learnt to explain before the mask, else "given"."""
 
+    max_new_tokens: ClassVar[int] = 512
+
     @property
     def eval_mode(self) -> Literal["forced", "generate"]:
         """As ``answer`` says."""
@@ -34,7 +36,9 @@ class Spoken(base.Base):
     @property
     def note(self) -> str:
         """How the answer came about, unless it was given."""
-        return "; the answer is generated, its mask empty unless it has one <SEG>" if self.answer == "generated" else ""
+        if self.answer != "generated":
+            return ""
+        return "; the answer is generated: unless it has one <SEG>, its mask is empty and no oracle counts it"
 
     @property
     def speaks_first(self) -> bool:

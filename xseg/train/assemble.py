@@ -47,7 +47,7 @@ def load_data(stage: Stage) -> Data:
     for dataset in datasets:
         _check_first_image(dataset)
         _check_head(stage, dataset)
-    processor.speaks_first = any(dataset.task.speaks_first for dataset in datasets)
+    processor.speaks_first = sorted({dataset.task.name for dataset in datasets if dataset.task.speaks_first})
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
     return Data(processor, datasets, factors, labels, alike(stage.mixture, datasets))
 

@@ -113,8 +113,8 @@ class Source:
         )
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """``<image>`` for each image, the turns and phrases of a sample, explanations too; its objects, without a name,
-        where nothing is said about them."""
+        """``<image>`` for each image, the turns and phrases of a sample, explanations too; its objects, by
+        their explanations, where nothing else is said about them."""
         number, line = self.lines[index]
         where = f"{self.path}: line {number}"
         row = _parsed(line, where)
@@ -124,7 +124,7 @@ class Source:
         if "caption" not in row:  # its phrases stand in the one turn
             said += [phrase.text + phrase.explanation for phrase in phrases]
         images = 1 if "image" in row else len(row.get("images", ()))
-        return (*[IMAGE] * images, *(said or [""] * len(objects)))
+        return (*[IMAGE] * images, *(said or [str(item.get("explanation") or "") for item in objects]))
 
     def outlines(self, index: int) -> Iterator[tuple[str, Any]]:
         """(place, [x1, y1, x2, y2, …]) of every polygon as written."""

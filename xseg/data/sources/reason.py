@@ -25,7 +25,7 @@ class Source:
     pixels count neither way (``Sample.ignore``), "flag" is no region, any other label is the target. ``grouping``
     "image" (default where the split's name starts with "train"): all questions of a picture together; "sentence"
     (default elsewhere): one sample a question. The phrases' kind is "long" (a sentence) or "short" (a phrase).
-    ``explanations`` is the release's list of {image, outputs}: what may be said before the mask. A JSON is read when
+    ``explanations`` is the release's list of {image, outputs}: what may be said with the mask. A JSON is read when
     its sample is asked for, and only then is anything wrong with its shapes an error.
     """
 
