@@ -93,7 +93,7 @@ class Task(Spoken):
         self, output: ModelOutput | None, queries: Sequence[int], sample: Sample, g: ViewGeometry, text: str = ""
     ) -> Prediction:
         """One segment per object, none for one that was not answered; UserError when objects were cut off."""
-        if output is None or self.unanswered(output, queries, text):
+        if output is None or self.unanswered(queries, text):
             return Prediction(sample.key, text=text)
         base.check_all_fit(sample, queries, "prompts", "use a source that gives one object per sample")
         segments: list[Segment] = []

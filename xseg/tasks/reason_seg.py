@@ -44,7 +44,8 @@ class Task(Spoken):
     @property
     def note(self) -> str:
         """How the answer came about, unless it was given."""
-        return f"; asked for an explanation{super().note}" if super().note else ""
+        note = super().note
+        return f"; asked for an explanation{note}" if note else ""
 
     @property
     def speaks_first(self) -> bool:
@@ -82,7 +83,7 @@ class Task(Spoken):
     ) -> Prediction:
         """One segment per question, from the decoder query most sure of it, none for a question that was not answered;
         UserError when questions were cut off."""
-        if output is None or self.unanswered(output, queries, text):
+        if output is None or self.unanswered(queries, text):
             return Prediction(sample.key, text=text)
         options = {"reject": self.reject, "threshold": self.mask_threshold}
         return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)

@@ -90,7 +90,7 @@ class Task(Spoken):
 
         Raises UserError when phrases fell to the length limit of the text: a score must not leave them out.
         """
-        if output is None or self.unanswered(output, queries, text):
+        if output is None or self.unanswered(queries, text):
             return Prediction(sample.key, text=text)
         options = {"reject": self._least, "join": self.join, "threshold": self.mask_threshold}
         return dataclasses.replace(masks_of_phrases(output, queries, sample, g, options), text=text)

@@ -10,7 +10,7 @@ import numpy as np
 from xseg.errors import UserError
 from xseg.tasks import base, phrasing
 from xseg.tokens import P_OPEN
-from xseg.types import ModelOutput, Phrase, Sample
+from xseg.types import Phrase, Sample
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
@@ -55,9 +55,9 @@ class Spoken(base.Base):
             )
         return waits
 
-    def unanswered(self, output: ModelOutput | None, queries: Sequence[int], text: str) -> bool:
+    def unanswered(self, queries: Sequence[int], text: str) -> bool:
         """Whether a generated answer has not exactly one ``<SEG>``, or marks a phrase that was not asked for."""
-        return self.eval_mode == "generate" and (output is None or not queries or P_OPEN in text)
+        return self.eval_mode == "generate" and (not queries or P_OPEN in text)
 
     def said(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
         """The answer about a phrase; in training with its explanation."""
