@@ -219,6 +219,8 @@ class ModelRecipe(Recipe):
     """Order of those rows: SigLIP's, then SAM's (X-SAM), or both of a square together."""
     llm_normed_rows: bool = False
     """Normalise those rows before their projectors; X-SAM does not."""
+    region_encoder: Literal["sam", "siglip"] = "sam"
+    """Image encoder whose rows a visual prompt is read from; X-SAM's is SAM."""
     region_rows: int = 1
     """Rows of a visual prompt: 1 = the maximum over its points (the paper), 64 = means of four (branch main)."""
     tokenizer: str = ""

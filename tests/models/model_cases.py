@@ -8,7 +8,7 @@ from torch import Tensor
 from xseg.models.build import build_model
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
-from xseg.types import Batch
+from xseg.types import Batch, ViewGeometry
 
 SEG, OPEN, CLOSE, STOP = 61, 62, 63, 2
 IMAGE, REGION = -200, -300
@@ -18,7 +18,7 @@ CANVAS, VIEW = 32, 16
 def config(
     *, parts: tuple[str, ...] = ("segmentor", "siglip", "llm"), language: str = "phi3",
     llm_sees: list[str] | None = None, llm_rows: str = "concatenated",
-    llm_normed_rows: bool = False, **segmentor: object,
+    llm_normed_rows: bool = False, region_encoder: str = "sam", **segmentor: object,
 ) -> XSegConfig:  # fmt: skip
     """Grid 4x4 of patch 8, residual stem, FPN unless told otherwise."""
     sam = {
@@ -43,6 +43,7 @@ def config(
         llm_sees=llm_sees,
         llm_rows=llm_rows,
         llm_normed_rows=llm_normed_rows,
+        region_encoder=region_encoder,
         seg_token_id=SEG,
         p_open_token_id=OPEN,
         p_close_token_id=CLOSE,
@@ -111,7 +112,7 @@ def batch(
         prompt_image=torch.zeros(len(regions), dtype=torch.long),
         region_position=regions,
         ignore=None,
-        geometry=(),
+        geometry=(ViewGeometry((CANVAS, CANVAS), (CANVAS, CANVAS), CANVAS),) * count,
         max_queries=max(running, default=-1) + 1,
     )
 

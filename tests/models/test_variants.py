@@ -17,6 +17,8 @@ from xseg.models.build import build_config
 from xseg.models.configuration import XSegConfig
 from xseg.models.mask_decoder import Groups
 from xseg.models.projector import Projector
+from xseg.models.region_sampler import on_image, sample_regions
+from xseg.types import ViewGeometry
 
 torch.set_num_threads(1)
 SEGMENTORS = {
@@ -132,9 +134,41 @@ def test_what_the_language_model_does_not_see_is_frozen_in_stage_2() -> None:
     assert without_gradient(second, second(batch([TALK]))) == []
 
 
-def test_a_drawn_prompt_needs_sams_rows() -> None:
-    with pytest.raises(UserError, match=r"<region>.*'sam' in llm_sees"):
-        model(llm_sees=["siglip"])(kinds()["regions"])
+def test_a_drawn_prompt_needs_the_rows_of_its_encoder() -> None:
+    for seen, encoder in (("siglip", "sam"), ("sam", "siglip")):
+        with pytest.raises(UserError, match=f"<region> is read from {encoder}'s rows.*llm_sees"):
+            model(llm_sees=[seen], region_encoder=encoder)(kinds()["regions"])
+    with pytest.raises(UserError, match=r"region_encoder: 'sigclip' is no image encoder.*siglip"):
+        XSegConfig(region_encoder="sigclip")
+    with pytest.raises(UserError, match="region_encoder = 'siglip' with llm_view = 'pad_square'"):
+        build_config(ModelRecipe(sam={}, region_encoder="siglip", llm_view="pad_square"), parts=())
+
+
+@pytest.mark.parametrize("sees", [["siglip", "sam"], ["siglip"]])
+def test_a_drawn_prompt_may_be_read_from_siglip(sees: list[str]) -> None:
+    made, one = model(region_encoder="siglip", llm_sees=sees), kinds()["regions"]
+    assert without_gradient(made.train(), made(one)) == []
+    with torch.no_grad():
+        features = made.eval().encode_images(one.llm_pixels, one.mask_pixels)
+        assert torch.equal(features.cells.flatten(1, 2), features.rows[:, :4])
+        layout, rows = made.embed(one, features)
+        # the pictures are 32 x 32, so that the canvas is the whole picture
+        prompts = sample_regions(features.cells, one.prompt_image, one.prompt_mask)
+        for (sample, position), own in zip(one.region_position.tolist(), prompts, strict=True):
+            assert torch.equal(rows[sample, int(layout.start[sample, position])], own[0])
+
+
+def test_a_prompt_on_a_padded_canvas_is_found_in_the_squashed_picture() -> None:
+    """40 x 80 pixels of a picture lie as 16 x 32 on a canvas of 32; a crop shows the part behind its offset."""
+    wide, crop = ViewGeometry((40, 80), (16, 32), 32), ViewGeometry((40, 80), (64, 128), 32, (16, 64))
+    xy = torch.tensor([[[0.25, 0.375]], [[0.5, 0.5]]])
+    assert on_image(xy, torch.tensor([1, 0]), [crop, wide]).tolist() == [[[0.25, 0.75]], [[0.625, 0.5]]]
+    cells = torch.zeros(1, 2, 2, 1)
+    cells[0, 1] = 1  # the lower half of the picture
+    masks = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    masks[0, 15, 3] = 1
+    low = sample_regions(cells, torch.tensor([0]), masks, views=[wide])
+    assert low.item() == pytest.approx(15 / 16) and sample_regions(cells, torch.tensor([0]), masks).item() < 0.5
 
 
 @pytest.mark.parametrize("kind", list(kinds()))

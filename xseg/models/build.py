@@ -56,6 +56,7 @@ def build_config(
         llm_sees=recipe.llm_sees,
         llm_rows=recipe.llm_rows,
         llm_normed_rows=recipe.llm_normed_rows,
+        region_encoder=recipe.region_encoder,
         region_rows=recipe.region_rows,
         sam_config=_part(recipe.sam, "sam") if {"segmentor", "sam"} & set(parts) else None,
         siglip_config=_part(recipe.siglip, "siglip") if "siglip" in parts else None,
@@ -70,6 +71,11 @@ def build_config(
 def _check_sight(recipe: ModelRecipe, parts: Sequence[str]) -> None:
     """A language model beside image encoders must read one of them: silence about pictures is never meant."""
     built = [name for name, part in (("siglip", {"siglip"}), ("sam", {"sam", "segmentor"})) if part & set(parts)]
+    if recipe.region_encoder == "siglip" and recipe.llm_view != "squash":
+        raise UserError(
+            f"region_encoder = 'siglip' with llm_view = {recipe.llm_view!r}: where a prompt lies is known in the "
+            "squashed view alone; write llm_view: squash, or region_encoder: sam"
+        )
     if "llm" in parts and built and not set(built) & set(recipe.llm_sees):
         raise UserError(
             f"llm_sees = {recipe.llm_sees}: the stage builds none of them, only {', '.join(built)}: the language model "

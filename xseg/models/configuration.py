@@ -102,6 +102,9 @@ class XSegConfig(PreTrainedConfig):
     """Side of the block of SAM cells that become one row of the language model."""
     region_points: int = 256
     """Points sampled inside a visual prompt."""
+    region_encoder: str = "sam"
+    """Image encoder whose rows a visual prompt is read from: "sam" (X-SAM) or "siglip". A SAM that knows no classes may
+    tell neither colours nor where a cell lies, and then no prompt that is read from it does."""
     region_rows: int = 1
     """Rows of the language model for a visual prompt: 1 = the maximum over its points (the paper and the published
     weights), more = means of ``region_points / region_rows`` points each (64 on X-SAM's branch main)."""
@@ -126,6 +129,9 @@ class XSegConfig(PreTrainedConfig):
         self._check_rows()
 
     def _check_rows(self) -> None:
+        if self.region_encoder not in ENCODERS:
+            hint = did_you_mean(self.region_encoder, ENCODERS)
+            raise UserError(f"region_encoder: {self.region_encoder!r} is no image encoder{hint}")
         if self.region_rows < 1 or self.region_points % self.region_rows:
             raise UserError(
                 f"region_rows = {self.region_rows}: the {self.region_points} points of a prompt must divide into as "

@@ -12,6 +12,6 @@ class ImageFeatures:
     rows: Tensor | None
     """(I, r, D) rows of the language model: SigLIP's first, then SAM's."""
     cells: Tensor | None
-    """(I, h, w, D) the SAM rows as a map, for visual prompts."""
+    """(I, h, w, D) the rows of one encoder as a map, for visual prompts (``region_encoder``)."""
     maps: tuple[Tensor, list[Tensor]] | None
     """Mask features (I, d, h, w) and the maps for the mask decoder."""

@@ -1,15 +1,27 @@
 """Visual prompts as rows of the language model, from points inside the prompt (X-SAM section 3.2)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xseg.types import ViewGeometry
+
 
 def sample_regions(
-    cells: Tensor, image: Tensor, masks: Tensor, points: int = 256, ranks: Tensor | None = None, *, rows: int = 1
+    cells: Tensor,
+    image: Tensor,
+    masks: Tensor,
+    points: int = 256,
+    ranks: Tensor | None = None,
+    *,
+    rows: int = 1,
+    views: Sequence[ViewGeometry] | None = None,
 ) -> Tensor:
-    """Projected SAM cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, rows, D).
+    """Projected cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, rows, D).
 
+    The cells are a map of the canvas (SAM's), or, with the ``views`` of the I images, of the whole image (SigLIP's).
     One row is the maximum over all points (the paper); more are the means of as many runs of points, one after the
     other (branch main: 64 of 4 points each). ``ranks`` (P, points) choose among a prompt's pixels in reading order; by
     default they are spread evenly, so that the rows of a prompt are always the same. An empty prompt gives zero rows.
@@ -23,8 +35,18 @@ def sample_regions(
     pixel = torch.searchsorted(running, ranks.to(torch.int32) + 1).clamp(max=inside.shape[1] - 1)
     side = masks.shape[-1]
     xy = torch.stack((pixel % side, pixel // side), -1).float() / side
+    if views is not None:
+        xy = on_image(xy, image, views)
     maps = cells.permute(0, 3, 1, 2).float()[image]
     found = F.grid_sample(maps, 2 * xy[:, None] - 1, mode="bilinear", padding_mode="zeros", align_corners=True)
     runs = found[:, :, 0].transpose(1, 2).unflatten(1, (rows, -1))
     pooled = runs.amax(2) if rows == 1 else runs.mean(2)
     return torch.where(count[:, None] > 0, pooled, 0.0).to(cells.dtype)
+
+
+def on_image(xy: Tensor, image: Tensor, views: Sequence[ViewGeometry]) -> Tensor:
+    """(P, n, 2) x, y in 0..1 of the canvas -> of the whole images (P,), which ``views`` tell of."""
+    offset = xy.new_tensor([v.offset[::-1] for v in views])
+    scaled = xy.new_tensor([v.scaled[::-1] for v in views])
+    canvas = xy.new_tensor([v.canvas for v in views])
+    return (xy * canvas[image, None, None] + offset[image, None]) / scaled[image, None]

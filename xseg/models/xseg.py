@@ -1,5 +1,6 @@
 """The composite model."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,13 +125,17 @@ class XSegModel(PreTrainedModel):
         read = slice(None if text else 1)
         if reads and hasattr(self, "siglip_projector"):
             rows.append(self.siglip_projector(self.siglip(llm_pixels[read].to(self.dtype))))
+            if self.config.region_encoder == "siglip":
+                cells = rows[0].unflatten(1, (math.isqrt(rows[0].shape[1]), -1))
         reads_sam = reads and hasattr(self, "sam_projector")
         if hasattr(self, "segmentor") and (reads_sam or segments):
             wanted = [self.config.sam_layer] * reads_sam + self.segmentor.layers * segments
             states = self.segmentor.sam(mask_pixels.to(self.dtype), wanted)
             if reads_sam:
-                cells = self.sam_projector(unshuffle(states.pop(0)[read], self.config.sam_shuffle))
-                rows.append(cells.flatten(1, 2))
+                found = self.sam_projector(unshuffle(states.pop(0)[read], self.config.sam_shuffle))
+                rows.append(found.flatten(1, 2))
+                if self.config.region_encoder == "sam":
+                    cells = found
             if segments:
                 maps = self.segmentor.maps(states if masks else touch.corners(states))
         return ImageFeatures(self._rows(rows) if rows else None, cells, maps)
@@ -158,14 +163,19 @@ class XSegModel(PreTrainedModel):
             raise UserError("this model has no language part but the batch has text: load a later stage, or drop it")
         layout = self.layout(batch, features)
         words = self.llm.get_input_embeddings()(batch.input_ids.clamp(min=0))
-        regions = None
-        if len(batch.prompt_image):
-            if features.cells is None:
-                raise UserError(f"{batch.keys}: <region> is read from SAM's rows: build SAM, with 'sam' in llm_sees")
-            prompts = batch.prompt_image, batch.prompt_mask
-            points, count = self.config.region_points, self.config.region_rows
-            regions = sample_regions(features.cells, *prompts, points, ranks, rows=count)
+        regions = self._regions(batch, features, ranks) if len(batch.prompt_image) else None
         return layout, layout.splice(batch, words, features.rows, regions)
+
+    def _regions(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None) -> Tensor:
+        encoder = self.config.region_encoder
+        if features.cells is None:
+            raise UserError(f"{batch.keys}: <region> is read from {encoder}'s rows: build it, with it in llm_sees")
+        points, count = self.config.region_points, self.config.region_rows
+        # SAM's grid lies on the canvas that prompts are drawn on, SigLIP's on the whole image
+        views = batch.geometry if encoder == "siglip" else None
+        return sample_regions(
+            features.cells, batch.prompt_image, batch.prompt_mask, points, ranks, rows=count, views=views
+        )
 
     def segment(
         self, batch: Batch, features: ImageFeatures, layout: Layout | None, hidden: Tensor | None
