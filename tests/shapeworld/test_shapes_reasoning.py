@@ -105,15 +105,18 @@ def test_all_are_explained_truly(asked: list[tuple[Scene, list[Riddle]]]) -> Non
     assert len(explained) == sum(len(found) for _, found in asked)
     for scene, riddle in explained:
         others = [t for i, t in enumerate(scene.things) if i != riddle.thing]
-        if match := re.fullmatch(r"All the others are (\w+)\.", riddle.explanation):
+        meant = scene.things[riddle.thing]
+        why, looks = re.fullmatch(r"(.+\.) It is the (.+)\.", riddle.explanation).groups()
+        assert looks == f"{meant.size} {meant.colour} {meant.texture} {meant.shape}"
+        if match := re.fullmatch(r"All the others are (\w+)\.", why):
             plurals = {t.shape + ("es" if t.shape.endswith("s") else "s") for t in others}
             assert any({match[1]} == {getattr(t, a) for t in others} for a in LOOKS) or {match[1]} == plurals
-        elif match := re.fullmatch(r"The (\w+)most shape is (?:an? )?(\w+)\.", riddle.explanation):
+        elif match := re.fullmatch(r"The (\w+)most shape is (?:an? )?(\w+)\.", why):
             axis, sign = SIDES[match[1]]
             anchor = min(scene.things, key=lambda t: sign * t.centre[axis])
             assert match[2] in (anchor.colour, anchor.shape)
         elif riddle.type == "shape":
-            assert scene.things[riddle.thing].shape in riddle.explanation
+            assert meant.shape in why
         else:
             assert riddle.type == "ground"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xseg.data.shapeworld.language import SIDES, Form, Noun, article, evaluate, word
+from xseg.data.shapeworld.language import ATTRIBUTES, SIDES, Form, Noun, article, evaluate, word
 from xseg.data.shapeworld.world import Scene, ground_map
 
 TYPES = ("shape", "ground", "odd", "alike")
@@ -52,11 +52,11 @@ class Riddle:
     thing: int
     """Index into ``Scene.things``, which holds others too."""
     explanation: str
-    """Why, in a sentence."""
+    """Why, in a sentence, and a second one that says what the thing looks like."""
 
 
 Found = tuple[str, str, int, str] | None
-"""(sentence, phrase, thing, explanation)."""
+"""(sentence, phrase, thing, why)."""
 
 
 def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
@@ -65,7 +65,9 @@ def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
     for kind in rng.permutation(list(TYPES)):
         found = ASK[str(kind)](scene, rng)
         if found is not None:
-            sentence, phrase, thing, explanation = found
+            sentence, phrase, thing, why = found
+            words = Noun(**{a: getattr(scene.things[thing], a) for a in ATTRIBUTES})
+            explanation = f"{why} It is the {words.text()}."
             is_sentence = bool(rng.random() < SENTENCES)
             out.append(Riddle(str(kind), sentence if is_sentence else phrase, is_sentence, thing, explanation))
     return out[:count]
