@@ -9,6 +9,7 @@ import torch
 from oracle import LOUD, SIDE, oracle
 from PIL import Image
 
+from xseg.encode import Encoder
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer.predictor import Predictor
@@ -20,12 +21,13 @@ PICTURE = Image.fromarray(np.zeros((32, 64, 3), np.uint8))
 class Blocks(torch.nn.Module):
     """Two blocks of the first concept and two of the second, whatever the picture shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.encoder = encoder
         self.seen: list[Batch] = []
-        self.speaks = False
-        """Whether a generated answer holds one <SEG>, whose masks are half as high."""
+        self.says = "It is there."
+        """The generated answer; its masks are half as high."""
 
     def forward(self, batch: Batch) -> ModelOutput:
         self.seen.append(batch)
@@ -40,11 +42,15 @@ class Blocks(torch.nn.Module):
         assert (batch.seg_position < 0).all() and max_new_tokens > 10 and stop_ids
         output = self.forward(batch)
         output.mask_logits[..., 10:, :] = -LOUD
-        return SimpleNamespace(batch=batch, queries=[[0] if self.speaks else []], output=output)
+        ids = self.encoder.tokenizer(self.says, add_special_tokens=False)["input_ids"]
+        fits = ids.count(self.encoder.special.seg) == 1
+        return SimpleNamespace(batch=batch, sequences=[ids], queries=[[0] if fits else []], output=output)
 
 
 def predictor() -> Predictor:
-    return Predictor(Blocks(), oracle().processor)
+    processor = oracle().processor
+    assert processor.encoder is not None
+    return Predictor(Blocks(processor.encoder), processor)
 
 
 def test_a_vocabulary_gives_objects_or_regions() -> None:
@@ -65,7 +71,9 @@ def test_a_model_that_speaks_first_answers_a_phrase_itself_where_it_can() -> Non
     made.processor.speaks_first = ["refer_seg"]
     given, listed = made.segment(PICTURE, "the circle"), made.segment(PICTURE, ["the circle", "the square"])
     assert rle.area(given.rle) == 192 and (made.model.seen[1].seg_position >= 0).all(), "words without a mask"
-    made.model.speaks = True
+    made.model.says = "Sure, <p>the square</p> <SEG>."
+    assert rle.area(made.segment(PICTURE, "the circle").rle) == 192, "a mask of something else"
+    made.model.says = "b2. Sure, <SEG>b2."
     seen = len(made.model.seen)
     own = made.segment(PICTURE, "the circle")
     assert len(made.model.seen) == seen + 1 and rle.area(own.rle) == 96

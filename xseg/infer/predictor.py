@@ -108,8 +108,8 @@ class Predictor:
         if task in self.processor.speaks_first:
             batch = self._batch(views, Formatted((ask,), (query,), prompts))
             made = self.generate(batch, spoken.Spoken.max_new_tokens)
-            own = made.batch.concept_span.shape == batch.concept_span.shape
-            if made.output is not None and own and len(made.queries[0]) == 1:
+            text = self.processor.decode(made.sequences[0])
+            if made.output is not None and spoken.answers(made.queries[0], text):
                 return made.output
         given = Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), (query,), prompts)
         return self.model(self._batch(views, given))  # type: ignore[no-any-return]

@@ -56,8 +56,8 @@ class Spoken(base.Base):
         return waits
 
     def unanswered(self, queries: Sequence[int], text: str) -> bool:
-        """Whether a generated answer has not exactly one ``<SEG>``, or marks a phrase that was not asked for."""
-        return self.eval_mode == "generate" and (not queries or P_OPEN in text)
+        """Whether an answer that was left to the model is none."""
+        return self.eval_mode == "generate" and not answers(queries, text)
 
     def said(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
         """The answer about a phrase; in training with its explanation."""
@@ -68,3 +68,8 @@ class Spoken(base.Base):
             # no space: a Llama tokenizer puts one behind <SEG>, and <SEG> would foretell a second one, not the words
             answer = f"{answer.removesuffix('.')}{told if self.explain == 'behind' else SENTENCE.split(told)[-1]}"
         return answer if self.explain == "behind" else f"{told} {answer}"
+
+
+def answers(queries: Sequence[int], text: str) -> bool:
+    """Whether a generated answer has exactly one ``<SEG>``, whose query it gave, and marks no phrase of its own."""
+    return len(queries) == 1 and P_OPEN not in text
