@@ -192,6 +192,8 @@ class ViewGeometry:
     """Side S of the square canvas the encoder sees."""
     offset: Size = (0, 0)
     """(top, left) of the canvas in the scaled image; not (0, 0) only for the cropped views of augmentation."""
+    squashed: bool = True
+    """Whether the language model's picture is the image made square; False: it stands in the middle of a square."""
 
 
 @dataclass(frozen=True)

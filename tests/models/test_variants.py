@@ -140,8 +140,6 @@ def test_a_drawn_prompt_needs_the_rows_of_its_encoder() -> None:
             model(llm_sees=[seen], region_encoder=encoder)(kinds()["regions"])
     with pytest.raises(UserError, match=r"region_encoder: 'sigclip' is no image encoder.*siglip"):
         XSegConfig(region_encoder="sigclip")
-    with pytest.raises(UserError, match="region_encoder = 'siglip' with llm_view = 'pad_square'"):
-        build_config(ModelRecipe(sam={}, region_encoder="siglip", llm_view="pad_square"), parts=())
 
 
 @pytest.mark.parametrize("sees", [["siglip", "sam"], ["siglip"]])
@@ -158,11 +156,13 @@ def test_a_drawn_prompt_may_be_read_from_siglip(sees: list[str]) -> None:
             assert torch.equal(rows[sample, int(layout.start[sample, position])], own[0])
 
 
-def test_a_prompt_on_a_padded_canvas_is_found_in_the_squashed_picture() -> None:
+def test_a_prompt_on_a_padded_canvas_is_found_in_the_picture_that_siglip_sees() -> None:
     """40 x 80 pixels of a picture lie as 16 x 32 on a canvas of 32; a crop shows the part behind its offset."""
     wide, crop = ViewGeometry((40, 80), (16, 32), 32), ViewGeometry((40, 80), (64, 128), 32, (16, 64))
     xy = torch.tensor([[[0.25, 0.375]], [[0.5, 0.5]]])
     assert on_image(xy, torch.tensor([1, 0]), [crop, wide]).tolist() == [[[0.25, 0.75]], [[0.625, 0.5]]]
+    squared = dataclasses.replace(wide, squashed=False)  # the 40 rows are the middle half of a square
+    assert on_image(xy[:1], torch.tensor([0]), [squared]).tolist() == [[[0.25, 0.625]]]
     cells = torch.zeros(1, 2, 2, 1)
     cells[0, 1] = 1  # the lower half of the picture
     masks = torch.zeros(1, 32, 32, dtype=torch.uint8)

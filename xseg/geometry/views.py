@@ -1,5 +1,6 @@
 """The two pictures of an image: a small one for the language model and the square canvas of the mask branch."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class ViewSizes:
     def views(self, image: Image.Image, jitter_factor: float | None = None) -> ImageViews:
         """Make both views of an RGB image."""
         pixels, geometry = mask_view(image, self.canvas, jitter_factor)
+        geometry = dataclasses.replace(geometry, squashed=self.llm_mode == "squash")
         return ImageViews(llm_view(image, self.llm, self.llm_mode), pixels, geometry)
 
 

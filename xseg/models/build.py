@@ -71,11 +71,6 @@ def build_config(
 def _check_sight(recipe: ModelRecipe, parts: Sequence[str]) -> None:
     """A language model beside image encoders must read one of them: silence about pictures is never meant."""
     built = [name for name, part in (("siglip", {"siglip"}), ("sam", {"sam", "segmentor"})) if part & set(parts)]
-    if recipe.region_encoder == "siglip" and recipe.llm_view != "squash":
-        raise UserError(
-            f"region_encoder = 'siglip' with llm_view = {recipe.llm_view!r}: where a prompt lies is known in the "
-            "squashed view alone; write llm_view: squash, or region_encoder: sam"
-        )
     if "llm" in parts and built and not set(built) & set(recipe.llm_sees):
         raise UserError(
             f"llm_sees = {recipe.llm_sees}: the stage builds none of them, only {', '.join(built)}: the language model "

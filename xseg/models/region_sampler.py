@@ -21,10 +21,11 @@ def sample_regions(
 ) -> Tensor:
     """Projected cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, rows, D).
 
-    The cells are a map of the canvas (SAM's), or, with the ``views`` of the I images, of the whole image (SigLIP's).
-    One row is the maximum over all points (the paper); more are the means of as many runs of points, one after the
-    other (branch main: 64 of 4 points each). ``ranks`` (P, points) choose among a prompt's pixels in reading order; by
-    default they are spread evenly, so that the rows of a prompt are always the same. An empty prompt gives zero rows.
+    The cells are a map of the canvas (SAM's), or, with the ``views`` of the I images, of what the language model sees
+    of them (SigLIP's). One row is the maximum over all points (the paper); more are the means of as many runs of
+    points, one after the other (branch main: 64 of 4 points each). ``ranks`` (P, points) choose among a prompt's pixels
+    in reading order; by default they are spread evenly, so that the rows of a prompt are always the same. An empty
+    prompt gives zero rows.
     """
     inside = masks.flatten(1) > 0
     count = inside.sum(1, keepdim=True)
@@ -45,8 +46,12 @@ def sample_regions(
 
 
 def on_image(xy: Tensor, image: Tensor, views: Sequence[ViewGeometry]) -> Tensor:
-    """(P, n, 2) x, y in 0..1 of the canvas -> of the whole images (P,), which ``views`` tell of."""
+    """(P, n, 2) x, y in 0..1 of the canvas -> of what the language model sees of the images (P,); ``views`` of all."""
     offset = xy.new_tensor([v.offset[::-1] for v in views])
     scaled = xy.new_tensor([v.scaled[::-1] for v in views])
     canvas = xy.new_tensor([v.canvas for v in views])
-    return (xy * canvas[image, None, None] + offset[image, None]) / scaled[image, None]
+    # of the side of the square, where the image stands in the middle of one
+    size = xy.new_tensor([(1, 1) if v.squashed else v.original[::-1] for v in views])
+    share = size / size.amax(1, keepdim=True)
+    within = (xy * canvas[image, None, None] + offset[image, None]) / scaled[image, None]
+    return (within - 0.5) * share[image, None] + 0.5
