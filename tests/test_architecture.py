@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from xseg import config, paths
+from xseg.models.build import build_config
 from xseg.tasks import SHARED, load_task
+from xseg.train.stage import read_stage
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
@@ -155,16 +157,17 @@ def check_entries(entries: list) -> None:
         load_task(entry.task or recipe.task)
 
 
-@pytest.mark.parametrize("path", recipes(config.StageRecipe, ("models", "accelerate")), ids=rel)
+STAGES = recipes(config.StageRecipe, ("models", "accelerate"))
+
+
+@pytest.mark.parametrize("path", [*STAGES, *sorted((ROOT / "bench/ablations").glob("s[0-9]*.yaml"))], ids=rel)
 def test_stages_resolve(path: Path) -> None:
-    stage = config.load_recipe(config.StageRecipe, str(path))
-    model = config.load_recipe(config.ModelRecipe, stage.model)
-    mixture = stage.mixture
-    if isinstance(mixture, str):
-        mixture = config.load_recipe(config.Mixture, mixture)
-    check_entries(mixture.datasets)
-    if "llm" in stage.parts:
-        paths.find(model.chat_template, "chat_templates", ".jinja")
+    stage = read_stage(str(path), ["init_from=[]"])  # the stages before have not run
+    check_entries(stage.mixture.datasets)
+    if "llm" in stage.recipe.parts:
+        paths.find(stage.model.chat_template, "chat_templates", ".jinja")
+    built = build_config(stage.model, stage.recipe.parts, stage.recipe.head)
+    assert built.region_encoder == stage.model.region_encoder
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train_stages/accelerate").glob("*.yaml")), ids=rel)

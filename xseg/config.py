@@ -222,7 +222,8 @@ class ModelRecipe(Recipe):
     region_encoder: Literal["sam", "siglip"] = "sam"
     """Image encoder whose rows a visual prompt is read from; X-SAM's is SAM."""
     region_rows: int = 1
-    """Rows of a visual prompt: 1 = the maximum over its points (the paper), 64 = means of four (branch main)."""
+    """Rows of a visual prompt: 1 = the maximum over its points (the paper), more = means of as many runs of them (64 on
+    branch main)."""
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer, a name under ``train_stages/models`` or a path."""
     chat_template: str = "phi3"

@@ -180,7 +180,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class ViewGeometry:
-    """How the mask view of an image was made; enough to go there and back.
+    """How the views of an image were made; enough to go from the image to its mask view and back.
 
     original (H, W) -> resized to ``scaled`` -> window of ``canvas`` pixels cut at ``offset`` (zero padded).
     """
@@ -283,7 +283,7 @@ class Batch:
     ignore: "torch.Tensor | None"
     """(Q, S, S) uint8, 1 = no loss; None when no query ignores anything."""
     geometry: tuple[ViewGeometry, ...]
-    """I view geometries, for postprocessing."""
+    """I view geometries, for postprocessing and for prompts that are read from SigLIP's rows."""
     max_queries: int
     """Largest number of queries on one image (0 without queries); a Python number so that shapes need no sync."""
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from model_cases import CATEGORIES, TALK, alone, batch, config, kinds, model
+from PIL import Image
 from test_model_properties import without_gradient
 
 from xseg.config import LossWeights, ModelRecipe
 from xseg.errors import UserError
+from xseg.geometry.views import ViewSizes
 from xseg.losses.criterion import Criterion
 from xseg.models import checkpoint
 from xseg.models.build import build_config
@@ -145,30 +147,46 @@ def test_a_drawn_prompt_needs_the_rows_of_its_encoder() -> None:
 @pytest.mark.parametrize("sees", [["siglip", "sam"], ["siglip"]])
 def test_a_drawn_prompt_may_be_read_from_siglip(sees: list[str]) -> None:
     made, one = model(region_encoder="siglip", llm_sees=sees), kinds()["regions"]
+    tall, wide = ViewGeometry((80, 40), (32, 16), 32), ViewGeometry((40, 80), (16, 32), 32)
+    one = dataclasses.replace(one, geometry=(tall, wide)[: len(one.llm_pixels)])
     assert without_gradient(made.train(), made(one)) == []
     with torch.no_grad():
         features = made.eval().encode_images(one.llm_pixels, one.mask_pixels)
         assert torch.equal(features.cells.flatten(1, 2), features.rows[:, :4])
         layout, rows = made.embed(one, features)
-        # the pictures are 32 x 32, so that the canvas is the whole picture
-        prompts = sample_regions(features.cells, one.prompt_image, one.prompt_mask)
-        for (sample, position), own in zip(one.region_position.tolist(), prompts, strict=True):
-            assert torch.equal(rows[sample, int(layout.start[sample, position])], own[0])
+        prompts = sample_regions(features.cells, one.prompt_image, one.prompt_mask, views=one.geometry)
+        on_canvas = sample_regions(features.cells, one.prompt_image, one.prompt_mask)
+        for (sample, position), own, other in zip(one.region_position.tolist(), prompts, on_canvas, strict=True):
+            found = rows[sample, int(layout.start[sample, position])]
+            assert torch.equal(found, own[0]) and not torch.allclose(found, other[0])
+    bare = dataclasses.replace(one, prompt_mask=one.prompt_mask[:, :0, :0])
+    with pytest.raises(UserError, match="prompts are drawn on SAM's canvas"):
+        made.embed(bare, features)
 
 
-def test_a_prompt_on_a_padded_canvas_is_found_in_the_picture_that_siglip_sees() -> None:
+def test_a_prompt_is_found_in_the_picture_that_siglip_sees() -> None:
     """40 x 80 pixels of a picture lie as 16 x 32 on a canvas of 32; a crop shows the part behind its offset."""
     wide, crop = ViewGeometry((40, 80), (16, 32), 32), ViewGeometry((40, 80), (64, 128), 32, (16, 64))
     xy = torch.tensor([[[0.25, 0.375]], [[0.5, 0.5]]])
     assert on_image(xy, torch.tensor([1, 0]), [crop, wide]).tolist() == [[[0.25, 0.75]], [[0.625, 0.5]]]
     squared = dataclasses.replace(wide, squashed=False)  # the 40 rows are the middle half of a square
     assert on_image(xy[:1], torch.tensor([0]), [squared]).tolist() == [[[0.25, 0.625]]]
-    cells = torch.zeros(1, 2, 2, 1)
-    cells[0, 1] = 1  # the lower half of the picture
-    masks = torch.zeros(1, 32, 32, dtype=torch.uint8)
-    masks[0, 15, 3] = 1
-    low = sample_regions(cells, torch.tensor([0]), masks, views=[wide])
-    assert low.item() == pytest.approx(15 / 16) and sample_regions(cells, torch.tensor([0]), masks).item() < 0.5
+    picture = Image.new("RGB", (80, 40))
+    assert [ViewSizes(32, 16, mode).views(picture).geometry for mode in ("squash", "pad_square")] == [wide, squared]
+
+
+@pytest.mark.parametrize("covered", [1.0, 0.75])
+def test_a_square_of_the_picture_is_read_from_its_own_cell(covered: float) -> None:
+    """Cells of 8 pixels on a picture of 32; with less of it covered, as by patches that do not divide it, of 6."""
+    names, side = torch.eye(16).reshape(1, 4, 4, 16), int(8 * covered)
+    masks = torch.zeros(16, 32, 32, dtype=torch.uint8)
+    for k in range(16):
+        top, left = k // 4 * side, k % 4 * side
+        masks[k, top : top + side, left : left + side] = 1
+    view = [ViewGeometry((32, 32), (32, 32), 32)]
+    found = sample_regions(names, torch.zeros(16, dtype=torch.long), masks, views=view, covered=covered, rows=2)
+    assert torch.equal(found.mean(1).argmax(1), torch.arange(16))
+    assert found.mean(1).diagonal().min() > 0.5, "most of the row is of its own cell"
 
 
 @pytest.mark.parametrize("kind", list(kinds()))

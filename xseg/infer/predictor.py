@@ -75,8 +75,9 @@ class Predictor:
         The list may be written ``ins: person, bird; sem: water, sky``: one segment per object, or one per name.
         The answer with its ``<SEG>`` is given, so that a mask never hangs on the wording of a generated one; but a
         model that learnt to explain before its mask answers a phrase itself, as in evaluation, and only where its words
-        do not hold one ``<SEG>`` they are given. Where a phrase is less likely than ``reject`` against the
-        background, its mask is empty ("not there"); None = the model's calibrated value, 0 always gives it a mask.
+        do not hold one ``<SEG>``, or mark a phrase of their own, they are given. Where a phrase is less likely than
+        ``reject`` against the background, its mask is empty ("not there"); None = the model's calibrated value, 0
+        always gives it a mask.
         Raises UserError for an unreadable image, empty text, or a model without a language part (stage 1).
         """
         if isinstance(text, str):
@@ -108,8 +109,8 @@ class Predictor:
         if task in self.processor.speaks_first:
             batch = self._batch(views, Formatted((ask,), (query,), prompts))
             made = self.generate(batch, spoken.Spoken.max_new_tokens)
-            text = self.processor.decode(made.sequences[0])
-            if made.output is not None and spoken.answers(made.queries[0], text):
+            said = self.processor.decode(made.sequences[0])
+            if made.output is not None and spoken.answers(made.queries[0], said):
                 return made.output
         given = Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), (query,), prompts)
         return self.model(self._batch(views, given))  # type: ignore[no-any-return]

@@ -135,7 +135,7 @@ class XSegConfig(PreTrainedConfig):
         if self.region_rows < 1 or self.region_points % self.region_rows:
             raise UserError(
                 f"region_rows = {self.region_rows}: the {self.region_points} points of a prompt must divide into as "
-                "many rows: write 1 (the paper) or 64 (branch main)"
+                "many rows: write a divisor of it, such as 1 (the paper) or 64 (branch main)"
             )
         if self.llm_rows not in ROW_ORDERS:
             raise UserError(f"llm_rows = {self.llm_rows!r}: write one of {', '.join(ROW_ORDERS)}")

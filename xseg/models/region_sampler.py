@@ -18,14 +18,15 @@ def sample_regions(
     *,
     rows: int = 1,
     views: Sequence[ViewGeometry] | None = None,
+    covered: float = 1.0,
 ) -> Tensor:
     """Projected cells (I, h, w, D), prompts (P, S, S) uint8 on images (P,) -> (P, rows, D).
 
     The cells are a map of the canvas (SAM's), or, with the ``views`` of the I images, of what the language model sees
-    of them (SigLIP's). One row is the maximum over all points (the paper); more are the means of as many runs of
-    points, one after the other (branch main: 64 of 4 points each). ``ranks`` (P, points) choose among a prompt's pixels
-    in reading order; by default they are spread evenly, so that the rows of a prompt are always the same. An empty
-    prompt gives zero rows.
+    of them, of whose side they cover the first part, ``covered`` (SigLIP's). One row is the maximum over all points
+    (the paper); more are the means of as many runs of points, one after the other (branch main: 64 of 4 points each).
+    ``ranks`` (P, points) choose among a prompt's pixels in reading order; by default they are spread evenly, so that
+    the rows of a prompt are always the same. An empty prompt gives zero rows.
     """
     inside = masks.flatten(1) > 0
     count = inside.sum(1, keepdim=True)
@@ -35,11 +36,14 @@ def sample_regions(
     running = inside.cumsum(1, dtype=torch.int32)
     pixel = torch.searchsorted(running, ranks.to(torch.int32) + 1).clamp(max=inside.shape[1] - 1)
     side = masks.shape[-1]
-    xy = torch.stack((pixel % side, pixel // side), -1).float() / side
-    if views is not None:
-        xy = on_image(xy, image, views)
+    xy = torch.stack((pixel % side, pixel // side), -1).float()
     maps = cells.permute(0, 3, 1, 2).float()[image]
-    found = F.grid_sample(maps, 2 * xy[:, None] - 1, mode="bilinear", padding_mode="zeros", align_corners=True)
+    if views is None:
+        # X-SAM's points: 0 and 1 are the middles of the first and the last cell
+        found = F.grid_sample(maps, 2 * (xy / side)[:, None] - 1, padding_mode="zeros", align_corners=True)
+    else:
+        xy = on_image((xy + 0.5) / side, image, views) / covered
+        found = F.grid_sample(maps, 2 * xy[:, None] - 1, padding_mode="border", align_corners=False)
     runs = found[:, :, 0].transpose(1, 2).unflatten(1, (rows, -1))
     pooled = runs.amax(2) if rows == 1 else runs.mean(2)
     return torch.where(count[:, None] > 0, pooled, 0.0).to(cells.dtype)

@@ -170,12 +170,15 @@ class XSegModel(PreTrainedModel):
         encoder = self.config.region_encoder
         if features.cells is None:
             raise UserError(f"{batch.keys}: <region> is read from {encoder}'s rows: build it, with it in llm_sees")
-        points, count = self.config.region_points, self.config.region_rows
-        # SAM's grid lies on the canvas that prompts are drawn on, SigLIP's on the whole image
-        views = batch.geometry if encoder == "siglip" else None
-        return sample_regions(
-            features.cells, batch.prompt_image, batch.prompt_mask, points, ranks, rows=count, views=views
-        )
+        if batch.prompt_mask.shape[-1] == 0:
+            raise UserError(f"{batch.keys}: prompts are drawn on SAM's canvas: build SAM too")
+        points, rows = self.config.region_points, self.config.region_rows
+        prompts = batch.prompt_image, batch.prompt_mask, points, ranks
+        if encoder == "sam":
+            return sample_regions(features.cells, *prompts, rows=rows)
+        sizes = self.config.siglip_config
+        covered = features.cells.shape[1] * sizes.patch_size / sizes.image_size
+        return sample_regions(features.cells, *prompts, rows=rows, views=batch.geometry, covered=covered)
 
     def segment(
         self, batch: Batch, features: ImageFeatures, layout: Layout | None, hidden: Tensor | None
