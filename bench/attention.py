@@ -7,16 +7,13 @@ the language model, without a mask and with the one that padding makes.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import save
 from torch import Tensor
 
 from xseg.losses.points import generator
@@ -82,16 +79,12 @@ def main() -> None:
         print(f"{name:22s}" + "".join(f"{value:14.2f}" for value in row.values()))
     about = {
         "claim": "float32, casts included, is at least as fast as bfloat16 at every size",
-        "command": " ".join(["python", "bench/attention.py", *sys.argv[1:]]),
         "pairs": args.pairs,
         "threads": args.threads,
-        "cpu_count": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "method": "medians of alternating runs, processor time",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    args.out.mkdir(exist_ok=True, parents=True)
-    (args.out / "attention.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save("attention", {**about, "rows": rows}, ["torch"], args.out)
 
 
 if __name__ == "__main__":

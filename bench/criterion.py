@@ -6,11 +6,8 @@ Released sizes: 2 images with 15 and 12 masks, 10 predictions of 200 queries at 
 """
 
 import argparse
-import json
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import transformers
+from record import save
 from torch import Tensor
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
@@ -172,16 +169,12 @@ def main() -> None:
         print(f"{name:30s} {value:12.6g}")
     about = {
         "claim": "forward and backward at least 2.5 times faster than Mask2FormerLoss, equal on the same random points",
-        "command": " ".join(["python", "bench/criterion.py", *sys.argv[1:]]),
-        "cpu_count": os.cpu_count(),
         "method": "medians of alternating runs; processor seconds on a CPU, wall seconds on a GPU",
         "pairs": args.pairs,
         "threads": args.threads,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    args.out.mkdir(exist_ok=True, parents=True)
-    (args.out / f"criterion_{args.device}.json").write_text(json.dumps({**about, **row}, indent=1) + "\n")
+    save(f"criterion_{args.device}", {**about, **row}, ["torch", "transformers"], args.out)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,17 @@ plain way the allocator setting of xseg's workers as well. Prints a table and wr
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from record import save
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -34,7 +30,6 @@ from xseg.geometry.views import ViewSizes
 from xseg.types import ImageViews, Masks
 
 HEIGHT, WIDTH, COUNT, CANVAS, LLM = 480, 640, 15, 1024, 384
-RESULTS = Path(__file__).parent / "results/data_path.json"
 TARGET = 5.0
 
 Result = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -163,18 +158,13 @@ def main() -> None:
     print(f"mask bytes per sample: plain {mask_bytes['plain']:,}, xseg {mask_bytes['xseg']:,}")
     report = {
         "claim": f"a sample of {WIDTH}x{HEIGHT} px with {COUNT} masks is prepared at least {TARGET:g}x faster, equal",
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python bench/data_path.py --pairs {pairs}",
         "threads": 1,
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "pillow", "transformers", "hotcoco", "torch")},
         "method": f"medians over {pairs} rounds, the ways one after the other in each; ratio = median of the rounds' "
         f"CPU time ratios",
         "mask_bytes": mask_bytes,
         "rows": rows,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    save("data_path", report, ["numpy", "pillow", "transformers", "hotcoco", "torch"])
     missed = [row["case"] for row in rows[:2] if row["ratio_to_plain"] < TARGET]
     if missed:
         raise SystemExit(f"below {TARGET:g}x: {', '.join(missed)}")

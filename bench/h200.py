@@ -15,12 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from record import save
 
 from xseg.config import FOLDERS, ModelRecipe, read_yaml
 from xseg.data.shapeworld.write import write
@@ -92,12 +92,12 @@ def main() -> None:
         "device": device, "model": given.model, "rows": rows,
         "protocol": f"median of the last {1 - SKIPPED:.0%} of {given.steps} steps, one process, ShapeWorld pictures of "
         f"{given.side} px, random weights; memory is the peak; floor: FLOPs of a step at 790 TFLOP/s",
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
     }  # fmt: skip
     for row in rows:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+        packages = ["torch", "transformers", "accelerate", "deepspeed"]
+        save(given.out.stem, result, packages, given.out.parent)
 
 
 if __name__ == "__main__":

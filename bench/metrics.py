@@ -17,19 +17,15 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
-import os
-import platform
 import statistics
-import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from record import save
 from scipy import ndimage
 
 from xseg.metrics import truth
@@ -289,16 +285,11 @@ def main() -> None:
         print(f"{name:30s}{first:12.1f}{xseg:12.1f}{ratio:9.1f}{value:9.3f}{off:12.2g}")
     about = {
         "claim": "equal values; AP at least 10 times as fast as pycocotools, PQ at least 5 times as panopticapi's way",
-        "command": " ".join(["python", "bench/metrics.py", *sys.argv[1:]]),
         "images": args.images,
         "pairs": args.pairs,
-        "cpu_count": os.cpu_count(),
         "method": "medians of alternating runs, processor time; other programs were running on the machine",
-        "versions": {name: metadata.version(name) for name in ("hotcoco", "pycocotools", "numpy")}
-        | {"python": platform.python_version()},
     }
-    args.out.mkdir(exist_ok=True, parents=True)
-    (args.out / "metrics.json").write_text(json.dumps({**about, "rows": table}, indent=1) + "\n")
+    save("metrics", {**about, "rows": table}, ["hotcoco", "pycocotools", "numpy"], args.out)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ text. Prints a table and writes bench/results/padding.json.
 
 import argparse
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from record import save
 
 from xseg.config import TaskSpec
 from xseg.data.dataset import Dataset, Preparation
@@ -33,7 +33,6 @@ from xseg.train import assemble
 from xseg.train.stage import read_stage
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench/results/padding.json"
 RANKS, SIZE, EPOCHS = 8, 4, 2
 X_SAM_ROWS = 1753
 """Rows of a picture: 27 x 27 of SigLIP and 32 x 32 of SAM."""
@@ -160,9 +159,6 @@ def main() -> None:
                 {"mixture": subject.name, "batches": subject.batches, "by_length": window, "known": known, **row}
             )
     report = {
-        "command": f"OMP_NUM_THREADS=1 python bench/padding.py --pictures {given.pictures} --conversations "
-        f"{given.conversations}",
-        "python": platform.python_version(),
         "method": f"{RANKS} ranks x {SIZE} samples, one epoch, seed 1; percent of the language model's rows",
         "assumed": {
             "set: thousands, pairs, characters of a question, of an answer": SETS,
@@ -170,8 +166,7 @@ def main() -> None:
         },
         "rows": found,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    save("padding", report, ["numpy"])
 
 
 if __name__ == "__main__":

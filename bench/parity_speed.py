@@ -11,7 +11,6 @@ tells its peak memory; seconds are processor time. Results are kept after every 
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -19,15 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image
+from record import save
 from torch import Tensor
 from transformers import Mask2FormerConfig, SamVisionConfig, SamVisionModel
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
@@ -45,7 +43,6 @@ from xseg.tasks import phrasing
 from xseg.tokens import IMAGE
 from xseg.types import Batch, Encoded, Formatted, ModelOutput, Query, Turn, ViewGeometry
 
-RESULTS = Path(__file__).parent / "results/parity_speed.json"
 SAM_B = {
     "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": 3072,
     "window_size": 14, "global_attn_indexes": [2, 5, 8, 11],
@@ -304,12 +301,9 @@ def main() -> None:
     cases = [*referring_cases(args.image), *training_cases(args.image)]
     about = {
         "claim": "five phrases on one image in one batch at least 3 times faster than five runs",
-        "command": " ".join(["python", "bench/parity_speed.py", *sys.argv[1:]]),
         "method": "medians of alternating runs in processes of their own; processor seconds, peak memory of the run",
         "sizes": f"SAM-B at {args.image} px, 200 object queries, SigLIP-B at 224 px, a language model of 8 x 512",
         "threads": args.threads,
-        "cpu_count": os.cpu_count(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     runs: dict[str, list[tuple[Any, Any]]] = {case.name: [] for case in cases}
     rows: dict[str, dict[str, float]] = {}
@@ -318,7 +312,7 @@ def main() -> None:
             runs[case.name].append((measured(case.plain), measured(case.ours)))
             rows[case.name] = row_of(runs[case.name])
             print(case.name, json.dumps(rows[case.name]), flush=True)
-            RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            save("parity_speed", {**about, "rows": rows}, ["torch", "transformers"])
     sys.exit(rows[TOGETHER]["ratio"] < LEAST)
 
 

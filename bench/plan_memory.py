@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from record import save
+
 from xseg.data.shapeworld.write import write
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +60,7 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in found.items()))
     protocol = "greatest resident size of the training process, one process, float32, model scratch"
     if given.out is not None:
-        given.out.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n", encoding="utf8")
+        save(given.out.stem, {"protocol": protocol, "rows": rows}, ["torch", "deepspeed"], given.out.parent)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,7 @@ canvas, crops and resizes all to the original, then applies the same rule.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hotcoco import mask as coco_mask
+from record import save
 from torch import Tensor
 
 from xseg import postprocess
@@ -130,15 +127,11 @@ def main() -> None:
         print(f"{name:24s}{first:12.1f}{xseg:12.1f}{ratio:9.1f}{differ:16.2g}")
     about = {
         "claim": "equal to upsampling everything first; referring at least 100 times, panoptic at least twice as fast",
-        "command": " ".join(["python", "bench/postprocess.py", *sys.argv[1:]]),
         "pairs": args.pairs,
         "threads": args.threads,
-        "cpu_count": os.cpu_count(),
         "method": "medians of alternating runs, processor time",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    args.out.mkdir(exist_ok=True, parents=True)
-    (args.out / "postprocess.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save("postprocess", {**about, "rows": rows}, ["torch"], args.out)
 
 
 if __name__ == "__main__":

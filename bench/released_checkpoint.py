@@ -10,7 +10,6 @@ as long as it runs.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
-import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +31,7 @@ from xseg.models.build import build_config, build_model
 from xseg.tokens import SPECIAL_TOKENS
 
 PARTS = ("segmentor", "siglip", "llm")
-RESULTS = Path(__file__).parent / "results/released_checkpoint.json"
+RESULTS = record.RESULTS / "released_checkpoint.json"
 BLOCK = 2**24
 """Values of noise that are drawn; tensors repeat them, so that writing costs disk and not draws."""
 UNREAD = {"segmentor.shared_image_embedding.positional_embedding": (2, 128)}
@@ -143,11 +142,9 @@ def main() -> None:
         "claim": f"nothing missing, nothing unexpected, peak memory at most {LIMIT} of the largest shard",
         "command": "python bench/released_checkpoint.py --scratch DIR --recipe R --branch B --format F, a row each",
         "method": "one run each; seconds are of the wall clock, on a machine that may do other work",
-        "cpu_count": os.cpu_count(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     rows = kept | {f"{Path(given.recipe).stem}, {given.branch}, {given.format}": row}
-    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    record.save(RESULTS.stem, {**about, "rows": rows}, ["torch", "transformers"])
     sys.exit(row["peak_of_largest_shard"] > LIMIT or bool(row["missing"] or row["unexpected"]))
 
 

@@ -9,27 +9,24 @@ Needs two cores that nothing else uses. Prints a table and writes bench/results/
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
+from record import save
 
 from xseg.data.loader import loader
 from xseg.data.shapeworld.write import write
 from xseg.train import assemble
 from xseg.train.stage import read_stage
 
-RESULTS = Path(__file__).parent / "results/two_processes.json"
 STAGE = Path(__file__).parent.parent / "train_stages/tiny/s1_segmentor.yaml"
 TARGET = 1.6
 LEAST_STEPS, LEAST_ROUNDS = 20, 3
@@ -88,20 +85,14 @@ def main() -> None:
         raise SystemExit(f"bench/two_processes.py: {reason}; nothing is written")
     report = {
         "claim": f"two processes prepare at least {TARGET:g}x the images per second of one",
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python bench/two_processes.py "
-        f"--steps {given.steps} --rounds {given.rounds}",
-        "cpu_count": cores,
         "load_before": round(load, 2),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "pillow", "torch")},
         "method": f"median over {given.rounds} rounds of wall time, one process and two by turns; n = "
         f"{given.steps * BATCH} images a process and round",
         "rows": [{"processes": 1, "images_per_s": round(one, 2)}, {"processes": 2, "images_per_s": round(two, 2)}],
         "ratios": [round(r[2] / r[1], 3) for r in rounds],
         "ratio": round(ratio, 3),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    save("two_processes", report, ["numpy", "pillow", "torch"])
 
 
 if __name__ == "__main__":
