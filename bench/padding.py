@@ -164,6 +164,8 @@ def main() -> None:
             "set: thousands, pairs, characters of a question, of an answer": SETS,
             "rows of a picture": X_SAM_ROWS,
         },
+        "pictures": given.pictures,
+        "conversations": given.conversations,
         "rows": found,
     }
     save("padding", report, ["numpy"])

@@ -169,7 +169,9 @@ class XSegModel(PreTrainedModel):
     def _regions(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None) -> Tensor:
         encoder = self.config.region_encoder
         if features.cells is None:
-            raise UserError(f"{batch.keys}: <region> is read from {encoder}'s rows: build it, with it in llm_sees")
+            raise UserError(
+                f"{batch.keys}: <region> is read from {encoder}'s rows: build {encoder}, with '{encoder}' in llm_sees"
+            )
         if batch.prompt_mask.shape[-1] == 0:
             raise UserError(f"{batch.keys}: prompts are drawn on SAM's canvas: build SAM too")
         points, rows = self.config.region_points, self.config.region_rows
