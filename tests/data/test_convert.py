@@ -109,6 +109,11 @@ def test_lisa(tmp_path: Path) -> None:
         ("the barking one", (0,), "long"),
     ]
     assert (dense(sample.masks) == MASKS[:1]).all()  # type: ignore[arg-type]
+    assert recipe.split == "train"
+    folder.rename(tmp_path / "val")
+    assert convert("lisa", tmp_path / "val", tmp_path / "held") == 2
+    recipe, each = opened(tmp_path / "held")
+    assert recipe.split == "val" and [len(sample.phrases) for sample in each] == [1, 1], "each question is scored alone"
 
 
 def test_sa2va(tmp_path: Path) -> None:

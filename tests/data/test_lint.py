@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_stubs import boxes, noise, real
+from data_stubs import boxes, noise, panoptic_file, real
 
 from xseg.config import DataRecipe, TaskSpec
 from xseg.data.lint import identity, lint
@@ -169,6 +169,11 @@ def no_words(c: Corpus, i: int) -> tuple[str, str]:
     return "text empty", f"(ref_id {i})"
 
 
+def sentence_without_its_record(c: Corpus, i: int) -> tuple[str, str]:
+    c.refs[i - 1]["sentences"] = [f"the box {i}"]
+    return "text empty", f"(ref_id {i})"
+
+
 def reference_id_twice(c: Corpus, i: int) -> tuple[str, str]:
     c.refs.append({**c.refs[i - 1], "sentences": [{"sent_id": 900, "sent": "again"}]})
     return "duplicate id", f"ref_id {i} is there twice"
@@ -229,7 +234,7 @@ WAYS = [
     missing_image, cut_image, other_image, image_id_twice, annotation_id_twice, lost_category, lost_image, empty_mask,
     outline_outside, mask_of_another_size, lost_annotation, annotation_elsewhere, no_words, reference_id_twice,
     spans_without_masks, whole_picture, line_id_twice, no_json, point_beside, lost_object, image_token_without_image,
-    silent_answer, leak,
+    silent_answer, sentence_without_its_record, leak,
 ]  # fmt: skip
 
 
@@ -269,6 +274,32 @@ def test_all_at_once_in_a_seeded_corpus(tmp_path: Path) -> None:
         assert any(f.kind == kind and place in f.text for f in faults), (kind, place, faults)
     for fault in faults:
         assert any(fault.kind == kind and place in fault.text for kind, place in wanted), fault
+
+
+def test_segments_that_a_panoptic_record_does_not_list(tmp_path: Path) -> None:
+    data = panoptic_file(tmp_path)
+    options = {"panoptic_json": "panoptic.json", "panoptic_dir": "panoptic"}
+    noise(*SIZE).save(tmp_path / data["images"][0]["file_name"])
+    whole = DataRecipe(source="coco", options={"images": ".", **options}, task=TaskSpec(name="generic_seg"))
+    kinds = {f.kind for f in lint({"p": whole}, tmp_path)[0][0].faults}
+    assert "unknown annotation" not in kinds
+    segments = data["annotations"][0]["segments_info"]
+    gone = segments.pop(1)
+    (tmp_path / "panoptic.json").write_text(json.dumps(data))
+    [report], _ = lint({"p": whole}, tmp_path)
+    assert [str(gone["id"]) in f.text for f in report.faults if f.kind == "unknown annotation"] == [True]
+
+
+def test_a_picture_of_reason_seg_without_its_target(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    outline = [[0, 0], [15, 0], [15, 10], [0, 10]]
+    for name, label in (("good", "target"), ("bare", "ignore")):
+        noise(*SIZE).save(tmp_path / f"val/{name}.jpg")
+        record = {"text": ["What?"], "is_sentence": True, "shapes": [{"label": label, "points": outline}]}
+        (tmp_path / f"val/{name}.json").write_text(json.dumps(record))
+    recipe = DataRecipe(source="reason", options={"folder": "."}, task=TaskSpec(name="reason_seg"), split="val")
+    [report], _ = lint({"r": recipe}, tmp_path)
+    assert [(f.kind, "bare" in f.text) for f in report.faults] == [("mask empty", True)]
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_all_sentences_of_a_reference_may_be_one_sample(tmp_path: Path) -> None:
         load_source("refer", tmp_path, "val", {**OPTIONS, "grouping": "ref"})
 
 
+def test_references_to_nothing_may_be_left_out(tmp_path: Path) -> None:
+    refs = [ref(1, 70, "a cat", split="val"), ref(2, [], "a dog", split="val"), ref(3, -1, "a cow", split="val")]
+    write(tmp_path, refs)
+    found = {only: load_source("refer", tmp_path, "val", {**OPTIONS, "targets_only": only}) for only in (False, True)}
+    assert [[p.text for s in source for p in s.phrases] for source in found.values()] == [
+        ["a cat", "a dog", "a cow"],
+        ["a cat"],
+    ]
+
+
 def test_several_and_no_targets(tmp_path: Path) -> None:
     refs = [
         ref(1, [70, 71], "both"),

@@ -59,6 +59,8 @@ def test_the_threshold_parts_what_is_there_from_what_is_not(root: Path, tmp_path
     assert values[1]["cIoU"]["value"] > 99.9
     assert "empty below probability 0.5" in values[0]["cIoU"]["protocol"]
     assert f"empty below probability {found.reject:.4g}" in values[1]["N-acc"]["protocol"]
+    told = f"threshold chosen on {found.phrases} phrases of shapes/refer_val (val), which is this data set"
+    assert told in values[1]["N-acc"]["protocol"] and "chosen" not in values[0]["N-acc"]["protocol"]
     # calibrating again does not see the threshold in force
     assert calibrate(predictor, Asked("shapes/refer_val", root)) == found
 
@@ -102,8 +104,10 @@ def test_what_cannot_be_calibrated_is_said(root: Path, tmp_path: Path) -> None:
     recipe.write_text(f"source: refer\noptions: {options}\ntask: refer_seg\nsplit: testA\n")
     with pytest.raises(UserError, match="split testA"):
         calibrate(timid(), Asked(str(recipe), root))
-    with pytest.raises(UserError, match="may refuse"):
-        calibrate(timid(), Asked("shapes/panoptic_val", root))
+    recipe.write_text(f"source: refer\noptions: {options}\ntask: {{name: reason_seg, reject: 0.1}}\nsplit: val\n")
+    for name in ("shapes/panoptic_val", str(recipe)):
+        with pytest.raises(UserError, match="takes the model's threshold"):
+            calibrate(timid(), Asked(name, root))
     with pytest.raises(UserError, match="not both"):
         calibrate(timid(), Asked("shapes/refer_val", root, limit=1))
     with pytest.raises(UserError, match="no xseg_processor"):

@@ -5,6 +5,7 @@ import pytest
 from oracle import oracle, shapes
 
 from xseg.config import Suite, SuiteRow, TaskSpec
+from xseg.data.checksums import digest
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer.evaluate import Evaluation, evaluate, share_images
@@ -84,10 +85,23 @@ def test_stage_one_is_scored_by_its_label_list(root: Path, tmp_path: Path) -> No
 
 
 def test_published_values_stand_beside_the_measured_ones(root: Path, tmp_path: Path) -> None:
-    row = SuiteRow(recipe=ROWS[0], published={"PQ": 54.7}, published_source="a paper", limit=2)
-    results = evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
+    whole = SuiteRow(recipe=ROWS[0], published={"PQ": 54.7}, published_source="a paper")
+    rows = [whole, whole.model_copy(update={"limit": 2})]
+    results = evaluate(oracle(), Suite(name="test", rows=rows), Evaluation(root, tmp_path))
     [found] = [r for r in results["rows"] if "published" in r]
-    assert (found["metric"], found["published"], found["published_source"], found["n"]) == ("PQ", 54.7, "a paper", 2)
+    assert (found["metric"], found["published"], found["published_source"]) == ("PQ", 54.7, "a paper")
+    assert found["row"] == 0 and found["n"] > 2, "a part of the data is not what was published"
+
+
+def test_results_say_what_was_asked_of_what(root: Path, tmp_path: Path) -> None:
+    row = SuiteRow(recipe="shapes/refer_val", task=TaskSpec(name="refer_seg", join=0.6), limit=3)
+    results = evaluate(oracle(), Suite(name="test", rows=[row]), Evaluation(root, tmp_path, model="runs/a/final"))
+    assert results["trained"] == "runs/a/final" and results["calibration"] is None
+    [asked] = results["asked"]
+    assert asked["task"]["join"] == 0.6 and asked["task"]["mask_threshold"] == 0.5 and asked["limit"] == 3
+    assert asked["source"]["refs"] == "shapes/val/refs.json" and asked["source"]["split"] == "val"
+    assert set(asked["sha256"]) == {"shapes/val/refs.json", "shapes/val/instances.json"}
+    assert asked["sha256"]["shapes/val/refs.json"] == digest(root / "shapes/val/refs.json", "sha256")
 
 
 def test_a_row_may_replace_the_task(root: Path, tmp_path: Path) -> None:
@@ -119,6 +133,8 @@ def test_a_model_that_speaks_first_finds_its_answers_unless_told(
         results = evaluate(predictor, Suite(name="test", rows=[row]), Evaluation(root, tmp_path))
         assert value(results, "cIoU") == pytest.approx(100 if found or not generated else 0, abs=0.01)
         assert value(results, "N-acc") == 100
+        heard = [r["value"] for r in results["rows"] if r["metric"] == "answered" and "blind" not in r["protocol"]]
+        assert heard == ([100.0 * found] if generated else [])
         measured = [r for r in results["rows"] if not r["protocol"].startswith("blind")]
         assert {"the answer is generated" in r["protocol"] for r in measured} == {generated}
         texts = {json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.metrics.iou import PhraseIoU
 from xseg.types import Instance, Masks, Phrase, Prediction, Sample, Score, Segment
@@ -94,6 +95,28 @@ def test_merge() -> None:
         (left if k < 3 else right).update(*pair)
     left += right
     assert left.compute() == whole.compute()
+
+
+def test_turns_of_one_conversation_stand_in_the_protocol() -> None:
+    apart, together = PhraseIoU(), PhraseIoU()
+    apart.update(*case([((0,), "")], [(0, 10)]))
+    together.update(*case([((0,), ""), ((1,), "")], [(0, 10), (10, 14)]))
+    assert not any("one conversation" in s.protocol for s in apart.compute())
+    apart += together
+    for metric in (apart, together):
+        assert all("one conversation" in s.protocol for s in metric.compute())
+
+
+def test_a_reference_whose_sentences_stand_in_several_samples_was_not_merged() -> None:
+    first, second = (case([((0,), "")], [(0, 10)], key=key) for key in ("a", "b"))
+    metric, other = PhraseIoU("reference"), PhraseIoU("reference")
+    metric.update(*first)
+    metric.update(*first)
+    with pytest.raises(UserError, match="grouping: reference"):
+        metric.update(*second)
+    other.update(*second)
+    with pytest.raises(UserError, match="grouping: reference"):
+        other += metric
 
 
 def test_wrong_shape_names_the_sample() -> None:

@@ -12,6 +12,7 @@ from hotcoco import mask as coco_mask
 
 from xseg import postprocess
 from xseg.geometry.masks import encode
+from xseg.tasks import gcg_seg
 from xseg.types import Segment, ViewGeometry
 
 GOLDEN = os.environ.get("XSEG_GOLDEN")
@@ -154,8 +155,11 @@ def test_best_of_every_phrase_of_a_caption(case: Any) -> None:
     for i in stored.images():
         official, records = stored.of(case[1], i)
         painted = np.full(official.shape, 255)
-        for concept, record in enumerate(records):
-            found = postprocess.best(stored.masks[i], stored.classes[i], stored.geometry[i], concept=concept)
+        each = [
+            postprocess.best(stored.masks[i], stored.classes[i], stored.geometry[i], concept=concept)
+            for concept in range(len(records))
+        ]
+        for found, record in reversed(list(zip(gcg_seg.overwritten(each), records, strict=True))):
             painted[decode(found) == 1] = record["id"]
             assert found.score == pytest.approx(record["score"], abs=1e-5)
         assert (painted != official).mean() <= PIXELS

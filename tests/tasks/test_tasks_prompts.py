@@ -213,6 +213,8 @@ def test_candidates_bear_the_data_sets_categories() -> None:
     sure = [s for s in found.extra["instances"] if s.score > 0.5]
     assert sorted({(s.category, s.label) for s in sure}) == [(0, "bar"), (2, "block")]
     assert found.segments == () and all(truth.decode(s.mask).shape == (16, 24) for s in sure)
+    bare = dataclasses.replace(sample, instances=())
+    assert task.decode(output, [0], bare, geometry_of(sample)).extra["instances"] == (), "nothing was asked for"
     with pytest.raises(UserError, match="do not fit"):
         task.decode(output, [], sample, geometry_of(sample))
     with pytest.raises(UserError, match="needs a source with categories"):

@@ -9,10 +9,10 @@ import torch
 from perfect import LOUD, geometry_of, perfect_output
 
 from xseg.errors import UserError
-from xseg.geometry.masks import area, decode, row_rle
+from xseg.geometry.masks import area, decode, encode, row_rle
 from xseg.metrics.captions import caption
 from xseg.tasks import gcg_seg, generic_seg, open_vocab_seg, reason_seg, refer_seg
-from xseg.types import ModelOutput, Phrase, Turn
+from xseg.types import ModelOutput, Phrase, Segment, Turn
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -231,6 +231,8 @@ def test_spans_of_the_answer_get_masks_by_their_place() -> None:
     text = "<p> odd <p>circles</p> and <p>grass</p>. It is <SEG>."
     one = gcg_seg.Task().decode(output, [0], sample, geometry_of(sample), text)
     assert [(s.label, s.category, area(s.mask)) for s in one.segments] == [("circles", 0, 9), ("grass", 1, 24)]
+    painted = gcg_seg.overwritten([*one.segments, Segment(encode(np.ones((8, 12), np.uint8)), 2)])
+    assert [area(s.mask) for s in painted] == [0, 0, 96], "a later span takes the pixels of the earlier ones"
     several = gcg_seg.Task(join=0.5).decode(output, [0], sample, geometry_of(sample), text)
     assert [(s.category, area(s.mask)) for s in several.segments] == [(0, 9), (0, 20), (1, 24)]
     for rows, words in (([], text), ([0], "no spans, <SEG>.")):

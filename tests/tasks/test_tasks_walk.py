@@ -210,6 +210,23 @@ def test_cross_image_prompts_lie_on_the_donors_picture(train: bool, encoder: Enc
         assert [s.score for s in a] == pytest.approx([s.score for s in b], abs=1e-4)
 
 
+def test_evaluation_finds_another_picture_for_each_category_whatever_is_left_out(encoder: Encoder) -> None:
+    task = load_task(TaskSpec(name="vgd_seg", prompts_from="other", donors=1))
+    example = task.example()
+    bare = [dataclasses.replace(example, key=f"bare/{k}", instances=()) for k in range(30)]
+    bars, blocks = (
+        dataclasses.replace(example, key=f"only/{c}", instances=tuple(i for i in example.instances if i.category == c))
+        for c in (0, 2)
+    )
+    source = ListSource([example, *bare, bars, blocks])
+    for limit in (None, 1):
+        data = Dataset(source, task, Preparation(encoder, SIZES, train=False), limit)
+        assert [s.key for s in data.donors(0)] == ["only/0", "only/2"]
+        assert {p.image for p in data.format(0).prompts} == {1, 2}
+    alone = Dataset(ListSource([example, *bare]), task, Preparation(encoder, SIZES, train=False))
+    assert alone.donors(0) == () and {p.image for p in alone.format(0).prompts} == {0}, "no other picture has them"
+
+
 def test_donors_of_an_epoch_do_not_depend_on_the_batch(encoder: Encoder) -> None:
     data = dataset(load_task(TaskSpec(name="vgd_seg", donors=1)), encoder, train=True)
     drawn = {epoch: [s.key for s in data.donors(0, epoch)] for epoch in range(12)}

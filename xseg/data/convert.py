@@ -74,7 +74,8 @@ def _recipe(layout: str, task: str, names: dict[str, bool], count: int, source: 
     stuff = [name for name, is_thing in names.items() if not is_thing]
     if stuff:
         options["stuff"] = stuff
-    recipe = {"source": "jsonl", "options": options, "task": task, "split": "train", "licence": "", "count": count}
+    split = source.resolve().name if layout == "lisa" else "train"
+    recipe = {"source": "jsonl", "options": options, "task": task, "split": split, "licence": "", "count": count}
     head = f"# Made from {source.name} ({layout}). Paths are relative to this folder: use it as the data root.\n"
     return head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
@@ -90,11 +91,11 @@ def _coco(path: Path, images: Path | None) -> Samples:
 
 
 def _lisa(folder: Path, images: Path | None) -> Samples:
-    """A split's folder of ReasonSeg: pictures and a JSON beside each."""
+    """A split's folder of ReasonSeg: pictures and a JSON beside each; but for training, a line for each question."""
     if images is not None:
         raise UserError(f"{images}: the pictures of ReasonSeg lie beside their JSON files; leave --images out")
     name = folder.resolve().name
-    return _all(reason.Source(folder.resolve().parent, name, folder=".", grouping="image"))
+    return _all(reason.Source(folder.resolve().parent, name, folder="."))
 
 
 def _all(source: Source) -> Samples:

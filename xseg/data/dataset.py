@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,36 @@ class Dataset:
     def donors(self, index: int, epoch: int = 0) -> tuple[Sample, ...]:
         """Return the other samples that the task may take prompts from; empty for a task that wants none.
 
-        Drawn by (seed, epoch, index), so that a batch does not depend on how it is split over ranks.
+        Drawn by (seed, epoch, index), so that a batch does not depend on how it is split over ranks. An evaluation that
+        seeks categories gets a sample of each, whatever ``limit`` is; one that no other sample has is passed over.
         """
+        seeks = self.task.donors and not self.preparation.train
+        if seeks and (sought := self.task.seeks(self.sample(index))):
+            return self._lenders(index, sought)
         count = min(self.task.donors, self._length - 1)
         if count < 1:
             return ()
         rng = np.random.default_rng([self.preparation.seed, epoch, index, 3])
         others = rng.choice(self._length - 1, count, replace=False).tolist()
         return tuple(self.sample(k + (k >= index)) for k in others)
+
+    def _lenders(self, index: int, sought: Sequence[int]) -> tuple[Sample, ...]:
+        found: dict[int, None] = {}
+        for category in sought:
+            others = [k for k in self._having.get(category, ()) if k != index]
+            if others and not any(k in others for k in found):
+                rng = np.random.default_rng([self.preparation.seed, 0, index, 3, category])
+                found[others[int(rng.integers(len(others)))]] = None
+        return tuple(self.task.view(self.source[k]) for k in found)
+
+    @cached_property
+    def _having(self) -> dict[int, list[int]]:
+        """Category -> the samples that have a countable object of it, in the order of the data set."""
+        out: dict[int, list[int]] = {}
+        for k in range(len(self.source)):
+            for category in sorted({i.category for i in self.source[k].instances if not i.is_crowd}):
+                out.setdefault(category, []).append(k)
+        return out
 
     def format(self, index: int, epoch: int = 0) -> Formatted:
         """Return the conversation and queries of a sample in this epoch's wording."""

@@ -16,7 +16,7 @@ from xseg.config import DataRecipe
 from xseg.data import checksums, lint_records
 from xseg.data.lint_records import Fault, outside
 from xseg.data.parallel import ordered
-from xseg.data.sources import Source, load_source
+from xseg.data.sources import Source, load_source, reason
 from xseg.errors import UserError
 from xseg.geometry.masks import area, decode, row_rle
 from xseg.geometry.views import read_image
@@ -116,6 +116,10 @@ class _Check:
         except UserError as error:
             return _Found("", (Fault("record", str(error)),), ())
         faults = [*_pictures(sample, self.seen), *_masks(sample), *_texts(sample)]
+        if getattr(self.source, "id_maps", None) is not None:
+            faults += _unlisted(sample)
+        if isinstance(self.source, reason.Source):
+            faults += _untargeted(sample)
         outlines = getattr(self.source, "outlines", None)
         if outlines is not None and sample.size != (0, 0):
             try:
@@ -192,6 +196,27 @@ def _masks(sample: Sample) -> Iterator[Fault]:
         point = instance.prompts.get("point")
         if point is not None and not (decode(point) & decode(row_rle(masks, instance.mask))).any():
             yield Fault("prompt", f"{place}: its point lies on no pixel of its mask; draw it anew")
+
+
+def _unlisted(sample: Sample) -> Iterator[Fault]:
+    """Segments that a panoptic PNG has and its record has not."""
+    assert sample.masks is not None and sample.masks.id_map is not None
+    others = sorted(set(np.unique(sample.masks.id_map).tolist()) - {0, *sample.masks.ids})
+    if others:
+        yield Fault(
+            "unknown annotation",
+            f"{sample.key}: its PNG has segments {others[:SHOWN]}, which segments_info does not list: they would count "
+            "as void; list them, or paint them 0",
+        )
+
+
+def _untargeted(sample: Sample) -> Iterator[Fault]:
+    """A picture of ReasonSeg without a pixel of a target: every question there has one."""
+    if not all(phrase.instances for phrase in sample.phrases):
+        yield Fault(
+            "mask empty",
+            f"{sample.key}: no pixel of a target is left outside what is ignored; draw a polygon of it, or drop it",
+        )
 
 
 def _counts(id_map: np.ndarray, ids: Sequence[int]) -> np.ndarray:

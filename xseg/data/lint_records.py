@@ -106,8 +106,10 @@ def _coco_file(path: Path) -> Iterator[Fault]:
             yield Fault("record", f"{where}: annotations[{number}]: expected a record, found {str(row)[:60]!r}")
             continue
         place = f"{where}: annotations[{number}] (id {row.get('id', row.get('image_id'))})"
-        for segment in row.get("segments_info", [row]):
-            if str(segment.get("category_id")) not in categories:
+        for segment in _listed(row, "segments_info") if "segments_info" in row else [row]:
+            if not isinstance(segment, Mapping):
+                yield Fault("record", f"{place}: segments_info: expected a record, found {str(segment)[:60]!r}")
+            elif str(segment.get("category_id")) not in categories:
                 yield Fault("unknown category", f"{place}: category_id {segment.get('category_id')!r} is not listed")
         size = images.get(str(row.get("image_id")))
         if size is None:
@@ -143,7 +145,7 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
         yield Fault("record", f"{where}: expected a list of references, found a {type(refs).__name__}")
         return
     yield from _repeated(refs, "ref_id", where)
-    spoken = [s for ref in refs if isinstance(ref, Mapping) for s in ref.get("sentences", [])]
+    spoken = [s for ref in refs if isinstance(ref, Mapping) for s in _listed(ref, "sentences")]
     yield from _repeated(spoken, "sent_id", f"{where}: sentences")
     for number, ref in enumerate(refs):
         if not isinstance(ref, Mapping):
@@ -161,8 +163,8 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
             elif owner[str(annotation)].get("image_id") != ref.get("image_id"):
                 other = owner[str(annotation)].get("image_id")
                 yield Fault("annotation of another image", f"{place}: ann_id {annotation!r} lies on image {other!r}")
-        sentences = ref.get("sentences", [])
-        if not sentences or not all(str(s.get("sent", "")).strip() for s in sentences):
+        sentences = _listed(ref, "sentences")
+        if not sentences or not all(isinstance(s, Mapping) and str(s.get("sent", "")).strip() for s in sentences):
             yield Fault("text empty", f"{place}: a reference without a sentence, or an empty one; write it or drop it")
 
 
@@ -187,6 +189,11 @@ def _llava(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
 def _by_id(rows: list[Any]) -> dict[str, Mapping[str, Any]]:
     """Records by their id as text, which even a wrong id has."""
     return {str(row.get("id")): row for row in rows if isinstance(row, Mapping)}
+
+
+def _listed(row: Mapping[str, Any], key: str) -> list[Any]:
+    """The list at ``key``; what is none, the source itself names."""
+    return row[key] if isinstance(row.get(key), list) else []
 
 
 def _repeated(rows: list[Any], key: str, where: str) -> Iterator[Fault]:

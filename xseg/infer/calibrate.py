@@ -9,12 +9,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from xseg.config import DataRecipe, SuiteRow, load_recipe
+from xseg.config import DataRecipe, SuiteRow, TaskSpec, load_recipe
 from xseg.errors import UserError
 from xseg.infer.evaluate import Progress, open_row, predict
 from xseg.infer.predictor import Predictor
 from xseg.infer.processing import FILE, Calibration
 from xseg.metrics.presence import Presence
+from xseg.tasks import load_task
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ def calibrate(predictor: Predictor, asked: Asked, progress: Progress = lambda *_
             "worthless; name a training or validation split"
         )
     dataset = open_row(predictor, SuiteRow(recipe=asked.recipe, limit=asked.limit), asked.data_root)
-    if dataset is None or not hasattr(dataset.task, "reject"):
+    # of the tasks that may refuse a phrase, those that leave the threshold to the model unless a recipe names one
+    if dataset is None or getattr(load_task(TaskSpec(name=recipe.task.name)), "reject", 0.0) is not None:
         raise UserError(
-            f"{asked.recipe}: task {recipe.task.name}: needs a task that may refuse a phrase, such as refer_seg, and a "
-            "model that reads text and writes masks (stage 3)"
+            f"{asked.recipe}: task {recipe.task.name}: needs a task that takes the model's threshold, such as "
+            "refer_seg, and a model that reads text and writes masks (stage 3)"
         )
     metric, seen = Presence(), 0
     while seen < len(dataset):
@@ -58,7 +60,7 @@ def calibrate(predictor: Predictor, asked: Asked, progress: Progress = lambda *_
     if chosen is None:
         raise UserError(
             f"{asked.recipe}: {len(metric.phrases)} phrases, but not both phrases with a target and phrases without; "
-            "choose a data set with absent things, such as grefcoco/val or shapes/refer_val"
+            "choose a data set with absent things, such as grefcoco/val or shapes/refer_val, and report another split"
         )
     absent = [score < chosen for _, score, there in metric.phrases if not there]
     present = [score >= chosen for _, score, there in metric.phrases if there]

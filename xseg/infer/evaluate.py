@@ -17,6 +17,7 @@ import torch
 
 import xseg
 from xseg.config import DataRecipe, Suite, SuiteRow, TaskSpec, load_recipe
+from xseg.data import checksums
 from xseg.data.collate import collate
 from xseg.data.dataset import Dataset, Preparation, load_dataset
 from xseg.errors import UserError
@@ -45,6 +46,8 @@ class Evaluation:
     out: Path
     """Folder of results.json and samples.jsonl."""
     batch_size: int = 8
+    model: str = ""
+    """Where the model lies, for the record."""
     progress: Progress = lambda *_: None
     note: Note = lambda _: None
     blind: bool = True
@@ -75,6 +78,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     partial = run.out / "samples.jsonl.partial"
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     fits = False
     with _samples_file(run, partial) as lines:
         for number, row in enumerate(suite.rows):
@@ -83,6 +87,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
                 run.note(f"{row.recipe}: skipped, its task needs text (stage 1 has none) or masks (stage 2)")
                 continue
             fits = True
+            asked.append(settings(number, row, dataset, run.data_root) if run.ranks.first else {})
             place = {"dataset": row.recipe, "row": number, "task": dataset.task.name}
             part = run.ranks.agreed(
                 lambda place=place, dataset=dataset: _score_stretch(predictor, place, dataset, run, lines)  # type: ignore[misc]
@@ -97,7 +102,9 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     if not run.ranks.first:
         return run.ranks.tell({})
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
-    results = {**head, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
+    chosen = predictor.processor.calibration
+    head |= {"trained": run.model, "calibration": None if chosen is None else dataclasses.asdict(chosen)}
+    results = {**head, "asked": asked, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
     return run.ranks.tell(results)
@@ -117,6 +124,19 @@ def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Data
     dataset = load_dataset(recipe, root=data_root, preparation=preparation, task=spec, limit=row.limit)
     _check_labels(predictor, dataset, row.recipe)
     return dataset
+
+
+def settings(number: int, row: SuiteRow, dataset: Dataset, data_root: str | Path) -> dict[str, Any]:
+    """All that decides a row's figures beside the model: every option of task and source, and the annotation files."""
+    recipe, options = load_recipe(DataRecipe, row.recipe), dataclasses.asdict(dataset.task)
+    return {
+        "row": number,
+        "dataset": row.recipe,
+        "task": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
+        "source": {"format": recipe.source, "split": recipe.split, **recipe.options},
+        "limit": row.limit,
+        "sha256": {**recipe.sha256, **checksums.unstated(recipe, data_root)},
+    }
 
 
 def task_for(predictor: Predictor, spec: TaskSpec) -> TaskSpec | None:
@@ -280,9 +300,18 @@ def _merged(
     split = load_recipe(DataRecipe, row.recipe).split
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
-    note = labels + dataset.task.note
+    note = labels + dataset.task.note + _chosen_on(predictor, row, dataset)
     table = [_table_row(head, score, score.protocol + note, row) for m in metrics for score in m.compute()]
     return table + (_blind_rows(dataset, head, row) if run.blind else [])
+
+
+def _chosen_on(predictor: Predictor, row: SuiteRow, dataset: Dataset) -> str:
+    """On what the threshold of a row was chosen, where it is the calibrated one."""
+    chosen = predictor.processor.calibration
+    if chosen is None or getattr(dataset.task, "reject", None) != chosen.reject:
+        return ""
+    same = ", which is this data set" if chosen.recipe == row.recipe else ""
+    return f"; threshold chosen on {chosen.phrases} phrases of {chosen.recipe} ({chosen.split}){same}"
 
 
 def record(prediction: Prediction, scores: dict[str, float]) -> dict[str, Any]:
@@ -319,7 +348,7 @@ def _table_row(head: dict[str, Any], score: Score, protocol: str, row: SuiteRow)
     ci = None if score.ci95 is None else [round(v, 3) for v in score.ci95]
     out = {**head, "metric": score.metric, "value": round(score.value, 3), "n": score.n, "ci95": ci}
     out["protocol"] = protocol
-    if score.metric in row.published:
+    if score.metric in row.published and row.limit is None:
         out |= {"published": row.published[score.metric], "published_source": row.published_source}
     return out
 

@@ -1,4 +1,4 @@
-"""Exact match of a generated answer with the annotated one."""
+"""Generated answers: whether they equal the annotated one, and whether they ask for a mask."""
 
 import re
 import string
@@ -47,19 +47,42 @@ class ExactMatch:
     def compute(self) -> list[Score]:
         """The share over all samples, then per kind of question."""
         kinds = sorted({kind for _, kind, _ in self.answers} - {""})
-        out = _score(self.answers, "")
+        protocol = "answers equal without regard to case, punctuation and spaces; greedy generation"
+        out = _share([(image, right) for image, _, right in self.answers], "exact match", protocol)
         for kind in kinds if len(kinds) > 1 else []:
-            out += _score([a for a in self.answers if a[1] == kind], f":{kind}")
+            of_kind = [(image, right) for image, other, right in self.answers if other == kind]
+            out += _share(of_kind, f"exact match:{kind}", protocol)
         return out
 
 
-def _score(answers: list[tuple[str, str, bool]], suffix: str) -> list[Score]:
+class Answered:
+    """Part of the generated answers that ask for one mask, in percent: others would else pass for "not there"."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, bool]] = []
+        """(image, asked for a mask) per sample."""
+
+    def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
+        """Count one answer; it asked for no mask where the prediction has no segment, not even an empty one."""
+        self.answers.append((str(sample.image_id), bool(prediction.segments)))
+        return {}
+
+    def __iadd__(self, other: Self) -> Self:
+        self.answers += other.answers
+        return self
+
+    def compute(self) -> list[Score]:
+        """The share over all samples."""
+        return _share(self.answers, "answered", "part of the generated answers with exactly one <SEG>, and no <p>")
+
+
+def _share(answers: list[tuple[str, bool]], metric: str, protocol: str) -> list[Score]:
+    """The part of the (image, right) that are right; nothing without one."""
     if not answers:
         return []
-    images = {image: k for k, image in enumerate(dict.fromkeys(a[0] for a in answers))}
+    images = {image: k for k, image in enumerate(dict.fromkeys(image for image, _ in answers))}
     counts = np.zeros((len(images), 2))
-    for image, _, right in answers:
+    for image, right in answers:
         counts[images[image]] += [right, 1]
     [(value, ci)] = values_with_intervals(counts, lambda sums: 100 * ratio(sums[..., :1], sums[..., 1:]))
-    protocol = "answers equal without regard to case, punctuation and spaces; greedy generation"
-    return [Score(f"exact match{suffix}", value, len(answers), protocol, ci)]
+    return [Score(metric, value, len(answers), protocol, ci)]

@@ -84,7 +84,7 @@ class GroundedCaption:
 
     def _masks(self) -> list[Score]:
         n = len(self.captions)
-        protocol = "COCO segm IoU 0.50, all masks as one category, every score 1"
+        protocol = "COCO segm IoU 0.50, all masks as one category, every score 1, the larger mask first"
         out = [dataclasses.replace(s, protocol=protocol) for s in self.masks.compute() if s.metric == "AP50"]
         rows: list[tuple[str, str, int, Callable[[Caption], tuple[float, float]]]] = [
             ("mIoU", "mean over images of the IoU of masks paired greedily, best first", n, lambda c: (c.miou, 1)),
@@ -144,10 +144,12 @@ def _pairs(overlap: np.ndarray, least: float) -> list[tuple[int, int]]:
 
 
 def _without_classes(prediction: Prediction, sample: Sample) -> tuple[Prediction, Sample]:
-    """Both sides with one category and no scores, as AP50 of grounded captions wants it."""
+    """Both sides with one category and no scores, as AP50 of grounded captions wants it; larger masks stand first."""
     wanted = {i for phrase in sample.phrases for i in phrase.instances}
     instances = tuple(dataclasses.replace(sample.instances[i], category=0) for i in sorted(wanted))
-    segments = tuple(Segment(s.mask, 0, 1.0) for s in prediction.segments if coco_mask.area(dict(s.mask)))
+    areas = [int(coco_mask.area(dict(s.mask))) for s in prediction.segments]
+    order = sorted((k for k, area in enumerate(areas) if area), key=lambda k: -areas[k])
+    segments = tuple(Segment(prediction.segments[k].mask, 0, 1.0) for k in order)
     bare: Mapping[str, Any] = {}
     return (
         dataclasses.replace(prediction, segments=segments, extra=bare),

@@ -1,11 +1,13 @@
 """Scores of one mask per phrase: cIoU, gIoU, precision at k, and whether absent things are refused (GRES)."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
 
+from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.metrics.bootstrap import ratio, values_with_intervals
 from xseg.types import Prediction, Sample, Score
@@ -52,6 +54,10 @@ class PhraseIoU:
     def __init__(self, unit: Literal["sentence", "reference", "object"] = "sentence", note: str = "") -> None:
         self.unit, self.note = unit, note
         self.sentences: list[Sentence] = []
+        self.references: dict[tuple[str, str], str] = {}
+        """(image, reference) -> key of its sample, where a phrase is a whole reference."""
+        self.together = False
+        """Whether a sample had several phrases: they are turns of one conversation."""
 
     def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
         """Count every phrase of a sample against the segment of the same place; a missing segment is empty.
@@ -60,12 +66,26 @@ class PhraseIoU:
         """
         found = sentences(prediction, sample)
         self.sentences += found
+        self.together |= len(found) > 1
+        if self.unit == "reference":
+            self._claim({(str(sample.image_id), phrase.id): sample.key for phrase in sample.phrases})
         name = "mIoU" if self.unit == "object" else "gIoU"
         return {name: 100 * float(np.mean([s.iou for s in found]))} if found else {}
 
     def __iadd__(self, other: Self) -> Self:
         self.sentences += other.sentences
+        self.together |= other.together
+        self._claim(other.references)
         return self
+
+    def _claim(self, found: Mapping[tuple[str, str], str]) -> None:
+        """UserError for a reference of which another sample has sentences too: they would count apart."""
+        for (image, reference), key in found.items():
+            if self.references.setdefault((image, reference), key) != key:
+                raise UserError(
+                    f"{key}: sentences of reference {reference} stand in {self.references[image, reference]} too, and "
+                    "sentences: merged makes one phrase of all: give the recipe's source grouping: reference"
+                )
 
     def compute(self) -> list[Score]:
         """All scores, then cIoU and gIoU per kind; scores without a sentence are left out."""
@@ -86,6 +106,7 @@ class PhraseIoU:
             ]
             return [dataclasses.replace(s, metric=m, protocol=p) for s, (m, p) in zip(kept, words, strict=True)]
         note = "" if self.unit == "sentence" else "; a sentence here is a reference with all its sentences merged"
+        note += "; sentences of a sample are turns of one conversation" if self.together else ""
         note += f"; {self.note}" if self.note else ""
         return [dataclasses.replace(s, protocol=s.protocol + note) for s in scores]
 

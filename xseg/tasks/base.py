@@ -22,6 +22,10 @@ class Base:
     """How many other samples of the data set ``format`` wants to look through for prompts; seeded by (seed, epoch,
     index). Only images that a prompt names are decoded."""
 
+    def seeks(self, sample: Sample) -> tuple[int, ...]:
+        """Categories that the donors of a sample must have in evaluation; () = any samples do."""
+        return ()
+
     @property
     def eval_mode(self) -> Literal["forced", "generate"]:
         """Whether evaluation gives the words of the answer ("forced") or the model finds them."""

@@ -1,6 +1,7 @@
 """Grounded conversation generation: a caption whose spans the model marks itself, and their masks (X-SAM section 3.1;
 GLaMM)."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from xseg import postprocess
 from xseg.errors import UserError
+from xseg.geometry.masks import decode, encode
 from xseg.metrics import Metric
 from xseg.metrics.gcg import GroundedCaption
 from xseg.metrics.oracle import OracleGap
@@ -39,7 +41,7 @@ class Task(base.Base):
 
     join: Annotated[float, Field(gt=0, le=1)] | None = None
     """Decoder queries at least this sure of a span give a mask of their own, beside the surest one's: several masks per
-    span; None = one mask per span (the published protocol)."""
+    span; None = one mask per span, and later ones take their pixels from earlier ones (the published protocol)."""
     mask_threshold: float = 0.5
 
     name: ClassVar[str] = "gcg_seg"
@@ -93,6 +95,7 @@ class Task(base.Base):
             best = postprocess.best(masks, logits, g, concept=k, threshold=self.mask_threshold)
             found = [best] if self.join is None else self._several(masks, logits, g, best)
             segments += [Segment(s.mask, k, s.score, label) for s in found]
+        segments = overwritten(segments) if self.join is None else segments
         return Prediction(sample.key, tuple(segments), text=text, extra={"oracle": _gap(sample, segments, masks, g)})
 
     def _several(self, masks: Any, logits: Any, g: ViewGeometry, best: Segment) -> list[Segment]:
@@ -118,6 +121,17 @@ class Task(base.Base):
         image = Image.fromarray((id_map[..., None] * [60, 50, 20]).astype(np.uint8))
         instances = tuple(Instance(k, -1, id=k + 1) for k in range(3))
         return Sample("example/gcg", (image,), (8, 12), masks, instances, None, phrases, turns, image_id=1)
+
+
+def overwritten(segments: Sequence[Segment]) -> list[Segment]:
+    """Each pixel goes to the last of the segments that has it, as in the one map of labels that X-SAM paints."""
+    taken, out = None, []
+    for segment in reversed(segments):
+        mask = decode(segment.mask).astype(bool)
+        free = mask if taken is None else mask & ~taken
+        taken = mask if taken is None else mask | taken
+        out.append(dataclasses.replace(segment, mask=encode(free)))
+    return out[::-1]
 
 
 def _caption(sample: Sample) -> str:

@@ -118,7 +118,7 @@ class Task(Spoken):
     def metrics(self) -> list[Metric]:
         """MIoU and cIoU over objects, per kind of prompt, the oracle gap, and J and F of frames."""
         note = f"prompts: {', '.join(self.kinds)}, as annotated or drawn by the sample's key"
-        scores: list[Metric] = [PhraseIoU("object", note), OracleGap()]
+        scores: list[Metric] = [PhraseIoU("object", note), OracleGap(), *self.heard()]
         return [*scores, RegionAndOutline()] if self.frames else scores
 
     @staticmethod

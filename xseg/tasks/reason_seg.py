@@ -90,7 +90,8 @@ class Task(Spoken):
 
     def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest without ignored pixels, over all, short and long questions; the oracle gap."""
-        return [PhraseIoU(), Presence(), OracleGap()]
+        note = f"empty below probability {self.reject:.4g}" if self.reject else ""
+        return [PhraseIoU(note=note), Presence(), OracleGap(), *self.heard()]
 
     @staticmethod
     def example() -> Sample:

@@ -98,7 +98,8 @@ class Task(Spoken):
     def metrics(self) -> list[Metric]:
         """CIoU, gIoU and the rest per sentence (or reference), presence, and the oracle gap."""
         note = f"empty below probability {self._least:.4g}" if self._least else ""
-        return [PhraseIoU("sentence" if self.sentences == "each" else "reference", note), Presence(), OracleGap()]
+        unit: Literal["sentence", "reference"] = "sentence" if self.sentences == "each" else "reference"
+        return [PhraseIoU(unit, note), Presence(), OracleGap(), *self.heard()]
 
     @property
     def _least(self) -> float:

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from xseg.errors import UserError
+from xseg.metrics import Metric
+from xseg.metrics.answers import Answered
 from xseg.tasks import base, phrasing
 from xseg.tokens import P_OPEN
 from xseg.types import Phrase, Sample
@@ -58,6 +60,10 @@ class Spoken(base.Base):
     def unanswered(self, queries: Sequence[int], text: str) -> bool:
         """Whether an answer that was left to the model is none."""
         return self.eval_mode == "generate" and not answers(queries, text)
+
+    def heard(self) -> list[Metric]:
+        """The score of answers that were left to the model, beside those of their masks."""
+        return [Answered()] if self.eval_mode == "generate" else []
 
     def said(self, phrase: Phrase, rng: np.random.Generator, train: bool) -> str:
         """The answer about a phrase; in training with its explanation."""

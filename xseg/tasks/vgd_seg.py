@@ -47,13 +47,16 @@ class Task(base.Base):
     fixed; a published row has one kind."""
     asked: Literal["present", "all"] = "present"
     """Evaluation: "present" asks for the categories of the image alone (X-SAM's protocol, which knows from the
-    annotation what is there), "all" for every category of the data set; absent ones get a prompt of another image."""
+    annotation what is there), "all" for every category of the data set; absent ones get a prompt of a donor, an empty
+    one where no donor has them."""
     prompts_from: Literal["same", "other", "both"] = "both"
     """Whose objects lend the prompts: the image's own, those of the ``donors`` (cross-image), or in training either
     (X-SAM: any of the micro-batch, which in evaluation is one image, so "both" is "same" there). A category that the
-    wanted ones lack is taken from the others."""
+    wanted ones lack is taken from the others; evaluation by "other" looks for one image of the data set for each
+    category asked for, so that its own is taken only where no other image has it."""
     donors: Annotated[int, Field(ge=0)] = 4
-    """Other samples that are looked through; only those that lend a prompt are decoded."""
+    """Other samples that are looked through, but for evaluation by "other"; only those that lend a prompt are
+    decoded."""
     negatives: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Training: probability that absent categories which a donor has are asked for too."""
     max_negatives: Annotated[int, Field(ge=0)] = 5
@@ -82,9 +85,14 @@ class Task(base.Base):
         return Formatted((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), (query,), shown)
 
     def listed(self, sample: Sample) -> list[int]:
-        """The categories an evaluation asks for, in the data set's order; the first one where the image has none."""
+        """The categories an evaluation asks for, in the data set's order; the first one where the image has none,
+        which a text must have one of: its answer counts for nothing."""
         names = _categories(sample).names
         return list(range(len(names))) if self.asked == "all" else _present(sample) or [0]
+
+    def seeks(self, sample: Sample) -> tuple[int, ...]:
+        """The categories asked for, where other images shall lend the prompts of those that are present."""
+        return tuple(_present(sample)) if self.prompts_from == "other" and self.asked == "present" else ()
 
     def _drawn(self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample]) -> list[int]:
         _categories(sample)
@@ -123,6 +131,8 @@ class Task(base.Base):
         """
         if not queries:
             raise UserError(f"{sample.key}: the prompts do not fit the text; raise max_tokens of the model recipe")
+        if self.asked == "present" and not _present(sample):
+            return Prediction(sample.key, extra={"instances": (), "oracle": ()})
         categories, listed = _categories(sample), self.listed(sample)
         masks, logits = output.mask_logits[-1, queries[0]], output.class_logits[-1, queries[0]]
         # in a mixed batch the concept columns are padded before the background column
@@ -136,7 +146,9 @@ class Task(base.Base):
         """AP and AP50 under the protocol of the options, and the oracle gap."""
         origin = "of the same image"
         if self.prompts_from == "other":
-            origin = f"of another image, where one of {self.donors} that are looked through has the category"
+            origin = "of another image, where there is one with the category"
+            if self.asked == "all":
+                origin = f"of another image, where one of {self.donors} that are looked through has the category"
         asked = {
             "present": "the categories present in the image",
             "all": "all categories of the data set, those that no image looked through has by an empty prompt",

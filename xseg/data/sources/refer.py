@@ -29,6 +29,7 @@ class Source:
     a sample, for the task's option ``sentences: merged`` (PSALM's protocol). A reference may name several objects or,
     with an empty list or -1, none. Phrase ids read ``reference id:sentence id``; ``name`` starts the keys. Beyond the
     release, a sentence may have a "kind", for break-downs, and an "explanation", which training answers may say.
+    ``targets_only`` leaves out the references that name nothing.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Source:
         refs: str,
         instances: str,
         grouping: Grouping | None = None,
+        targets_only: bool = False,
         name: str = "refer",
     ) -> None:
         if grouping not in (None, *get_args(Grouping)):
@@ -52,6 +54,9 @@ class Source:
         chosen = _of_split(read_records(refs_path), split, str(refs_path))
         catalogue = _Catalogue(data, self.index, str(self.path))
         by_image = _phrases_by_image(chosen, catalogue, str(refs_path))
+        if targets_only:
+            kept = {image: [p for p in phrases if p["objects"]] for image, phrases in by_image.items()}
+            by_image = {image: phrases for image, phrases in kept.items() if phrases}
         grouping = grouping or ("image" if split.startswith("train") else "sentence")
         self.records = Packed(
             record
