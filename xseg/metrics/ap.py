@@ -26,6 +26,8 @@ class AveragePrecision:
         self.categories: Categories | None = None
         self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = []
         """Per image: annotations, detections, (H, W)."""
+        self.mapped = False
+        """Whether annotations were segments of one map, which hide parts of each other."""
 
     def update(self, prediction: Prediction, sample: Sample) -> dict[str, float]:
         """Take the detections of one image: the part of its things that they find, as AP has no value for one image."""
@@ -37,12 +39,14 @@ class AveragePrecision:
         """Take the detections of one image without a score of its own, which costs more than taking them."""
         assert sample.categories is not None
         self.categories = sample.categories
+        self.mapped |= sample.masks is not None and sample.masks.id_map is not None
         size = truth.size_of(sample)
         self.images.append((annotations(sample), [_detection(s) for s in candidates(prediction)], size))
 
     def __iadd__(self, other: Self) -> Self:
         self.categories = self.categories or other.categories
         self.images += other.images
+        self.mapped |= other.mapped
         return self
 
     def compute(self) -> list[Score]:
@@ -66,6 +70,7 @@ class AveragePrecision:
             ci = result["ci"][metric] if result["ci"] and len(self.images) > 1 else None
             interval = (100 * ci["lower"], 100 * ci["upper"]) if ci else None
             text = f"COCO segm {protocol}, {DETECTIONS} detections per image, things only"
+            text += ", which are segments of one map and do not overlap" if self.mapped else ""
             text += f"; {self.note}" if self.note else ""
             out.append(Score(metric, 100 * result["metrics_b"][metric], len(self.images), text, interval))
         return out
