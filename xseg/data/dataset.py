@@ -78,10 +78,10 @@ class Dataset:
 
     @cached_property
     def _having(self) -> dict[int, list[int]]:
-        """Category -> the samples that have a countable object of it, in the order of the data set."""
+        """Category -> the samples that have it, in the order of the data set."""
         out: dict[int, list[int]] = {}
         for k in range(len(self.source)):
-            for category in sorted({i.category for i in self.source[k].instances if not i.is_crowd}):
+            for category in self.task.seeks(self.source[k]):
                 out.setdefault(category, []).append(k)
         return out
 

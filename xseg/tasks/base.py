@@ -23,7 +23,7 @@ class Base:
     index). Only images that a prompt names are decoded."""
 
     def seeks(self, sample: Sample) -> tuple[int, ...]:
-        """Categories that the donors of a sample must have in evaluation; () = any samples do."""
+        """Categories of a sample that evaluation wants to be shown by other samples that have them; () = by any."""
         return ()
 
     @property

@@ -25,12 +25,8 @@ def run_suite(model: Path, suite: str, out: Path, root: Path, batch_size: int, c
     """
     recipe = load_recipe(Suite, suite)
     with joined() as ranks:
-        _run(
-            recipe,
-            model,
-            Evaluation(root, out, batch_size, str(model), ranks=ranks),
-            console if ranks.first else SILENT,
-        )
+        run = Evaluation(root, out, batch_size, str(model), ranks=ranks)
+        _run(recipe, model, run, console if ranks.first else SILENT)
 
 
 def _run(recipe: Suite, model: Path, run: Evaluation, console: Console) -> None:
