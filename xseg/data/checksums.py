@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from xseg.config import DataRecipe
@@ -36,6 +37,12 @@ def unstated(recipe: DataRecipe, root: str | Path) -> dict[str, str]:
 
 
 def digest(path: Path, kind: str) -> str:
-    """The hexadecimal checksum of a file."""
+    """The hexadecimal checksum of a file; one that has not changed since is not read again by this process."""
+    state = path.stat()
+    return _digest(path, kind, (state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, kind: str, _version: tuple[int, int]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
