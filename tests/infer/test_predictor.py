@@ -119,6 +119,20 @@ def test_a_drawn_prompt_selects_the_object_it_points_at(kind: str, where: object
     assert batch.prompt_mask.any() and batch.prompt_image.tolist() == [0] and len(batch.region_position) == 1
 
 
+def test_a_model_that_never_saw_a_prompt_refuses_one() -> None:
+    made = predictor()
+    made.processor.learnt = ["generic_seg", "refer_seg"]
+    with pytest.raises(UserError, match="has learnt generic_seg, refer_seg, not interactive_seg"):
+        made.select(PICTURE, "point", [(6, 4)])
+    made.processor.learnt.append("interactive_seg")
+    assert made.select(PICTURE, "point", [(6, 4)]).found
+
+
+def test_only_pictures_and_paths_are_images() -> None:
+    with pytest.raises(UserError, match="image of type ndarray"):
+        predictor().segment(np.zeros((8, 8, 3), np.uint8), "the circle")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("kind", "where", "message"),
     [

@@ -1,7 +1,7 @@
 import pytest
 
 from xseg.errors import UserError
-from xseg.infer.request import read
+from xseg.infer.request import categories, phrase, read
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from xseg.infer.request import read
 def test_free_text_is_understood(typed: str, phrases: tuple[str, ...]) -> None:
     found = read(typed)
     assert found.phrases == phrases
-    for phrase in phrases:
-        assert f"<p>{phrase}</p>" in found.text
+    for named in phrases:
+        assert f"<p>{named}</p>" in found.text
     if "<p>" in typed or not phrases:
         assert found.text == typed
 
@@ -32,6 +32,13 @@ def test_free_text_is_understood(typed: str, phrases: tuple[str, ...]) -> None:
 def test_what_cannot_be_a_message_is_refused(typed: str) -> None:
     with pytest.raises(UserError):
         read(typed)
+
+
+@pytest.mark.parametrize("name", ["<image> star", "the <region> thing", "a <SEG>", "<p>star", "star</p>", 3, None])
+def test_names_hold_no_token_of_the_model(name: object) -> None:
+    for ask in (phrase, lambda text: categories(["star", text])):
+        with pytest.raises(UserError, match=r"only xseg itself|no text"):
+            ask(name)
 
 
 def test_wording_is_that_of_evaluation() -> None:

@@ -37,6 +37,7 @@ def sound(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("earlier") / "final"
     checkpoint.save(build_model(assemble.configuration(stage, loaded)), folder)
     assert loaded.processor.speaks_first == ["refer_seg"], "as its expressions are trained"
+    assert loaded.processor.learnt == ["conversation", "generic_seg", "refer_seg"]
     loaded.processor.save_pretrained(folder)
     return folder
 

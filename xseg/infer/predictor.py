@@ -23,6 +23,8 @@ from xseg.tasks import interactive_seg, phrasing, spoken
 from xseg.tokens import IMAGE, REGION
 from xseg.types import Batch, Formatted, ImageViews, ModelOutput, Query, Segment, Size, Turn, ViewGeometry, VisualPrompt
 
+PROMPTED = "interactive_seg"
+"""The task of one drawn prompt."""
 LEAST_SCORE = 0.5
 """Least score of an object when several names compete; for the eye, not for benchmarks."""
 
@@ -126,13 +128,19 @@ class Predictor:
 
         ``kind`` and ``where``, all in pixels of the image: "point" [(x, y), …], "scribble" or "stroke" the (x, y) of a
         line, "polygon" its corners, "box" (x1, y1, x2, y2), "mask" an (H, W) array. Raises UserError for another kind,
-        and for a prompt that has no pixel of the image.
+        for a prompt that has no pixel of the image, and for a model that never learnt to read prompts.
         """
+        learnt = self.processor.learnt
+        if learnt is not None and PROMPTED not in learnt:
+            raise UserError(
+                f"select: this model has learnt {', '.join(learnt)}, not {PROMPTED}: the mask of a prompt "
+                "would be that of anything; train with a mixture that has prompts (`xseg demo --recipe all`)"
+            )
         views = self.processor.sizes.views(opened(image))
         size = views.geometry.original
         prompt = rle.encode(interactive_seg.from_user(kind, where, size))
         question = phrasing.PROMPT[0].format(phrase=phrasing.span(REGION))
-        output = self._output("interactive_seg", views, question, Query(0, (0,)), (VisualPrompt(prompt),))
+        output = self._output(PROMPTED, views, question, Query(0, (0,)), (VisualPrompt(prompt),))
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         best = postprocess.prompted(*logits, views.geometry, prompt)
         return Result(size, (Segment(best.mask, 0, best.score, kind),))
@@ -204,10 +212,12 @@ def device(model: Any) -> torch.device:
 def opened(image: Image | str | Path) -> Image:
     """A picture as RGB, turned the way its camera says; ``examples/...`` may be the shipped one.
 
-    Raises UserError when its file is missing or cannot be decoded.
+    Raises UserError when its file is missing or cannot be decoded, and for anything but a picture of Pillow or a path.
     """
     if isinstance(image, Image):
         return ImageOps.exif_transpose(image).convert("RGB")
+    if not isinstance(image, str | Path):
+        raise UserError(f"image of type {type(image).__name__}: give a path, or a picture by PIL.Image.fromarray(…)")
     path = Path(image) if Path(image).is_file() else shipped(str(image))
     if path is None:
         raise UserError(f"{image}: no such image file; give the path of a picture")

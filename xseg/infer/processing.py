@@ -46,7 +46,7 @@ class XSegProcessor:
 
     ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
     ``speaks_first``: tasks in which the model learnt to say before a mask what the mask may read: there it finds its
-    answers itself.
+    answers itself. ``learnt``: every task that it was trained on, in the stages before too; None = not known.
     """
 
     def __init__(
@@ -55,9 +55,11 @@ class XSegProcessor:
         sizes: ViewSizes,
         calibration: Calibration | None = None,
         speaks_first: Sequence[str] = (),
+        learnt: Sequence[str] | None = None,
     ) -> None:
         self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
         self.speaks_first = list(speaks_first)
+        self.learnt = None if learnt is None else list(learnt)
 
     @property
     def reject(self) -> float:
@@ -85,17 +87,17 @@ class XSegProcessor:
             fields = json.loads(path.read_text(encoding="utf8"))
             sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
             max_tokens, chosen = fields["max_tokens"], fields.get("calibration")
-            speaks_first = fields.get("speaks_first", ())
+            speaks_first, learnt = fields.get("speaks_first", ()), fields.get("learnt")
             calibration = None if chosen is None else Calibration(**chosen)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
         if max_tokens is None:
-            return cls(None, sizes, calibration)
+            return cls(None, sizes, calibration, learnt=learnt)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
         encoder = Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens)
-        return cls(encoder, sizes, calibration, speaks_first)
+        return cls(encoder, sizes, calibration, speaks_first, learnt)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
@@ -115,6 +117,7 @@ class XSegProcessor:
             "max_tokens": None if self.encoder is None else self.encoder.max_tokens,
             "calibration": None if self.calibration is None else dataclasses.asdict(self.calibration),
             "speaks_first": self.speaks_first,
+            "learnt": self.learnt,
         }
         return json.dumps(fields, indent=1) + "\n"
 
@@ -159,6 +162,18 @@ class XSegProcessor:
     def _on_canvas(mask: Mapping[str, Any], views: ImageViews) -> np.ndarray:
         masks = Masks(views.geometry.original, (mask,))
         return np.asarray(on_canvas(masks, [0], views.geometry)[0])
+
+
+def learnt_by(folder: Path) -> list[str] | None:
+    """The tasks that the model of a folder was trained on; None where it does not say."""
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf8")).get("learnt")
+    except FileNotFoundError:
+        return None  # weights alone
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
+    return None if found is None else [str(task) for task in found]
 
 
 def _encoder_from_recipe(recipe: ModelRecipe) -> Encoder:

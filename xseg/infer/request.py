@@ -48,9 +48,7 @@ def read(text: str) -> Request:
     text = " ".join(text.split())
     if not text:
         raise UserError("the message is empty: name a thing in the image or ask a question")
-    for token in (IMAGE, REGION, SEG):
-        if token in text:
-            raise UserError(f"the message holds {token}, which only xseg itself may write; remove it: {text[:80]!r}")
+    _plain(text, (IMAGE, REGION, SEG))
     if P_OPEN in text or P_CLOSE in text:
         return Request(text, tuple(SPAN.findall(text)))
     if VOCABULARY.match(text):
@@ -66,8 +64,18 @@ def read(text: str) -> Request:
     return phrase(wish)
 
 
+def _plain(text: str, without: Sequence[str] = (IMAGE, REGION, SEG, P_OPEN, P_CLOSE)) -> None:
+    """A token of the model's own in a person's words would stand for a picture, prompt or mask that is not there."""
+    if not isinstance(text, str):
+        raise UserError(f"{text!r} is no text: name a thing in the image, for example 'the large red circle'")
+    for token in without:
+        if token in text:
+            raise UserError(f"the message holds {token}, which only xseg itself may write; remove it: {text[:80]!r}")
+
+
 def phrase(text: str) -> Request:
-    """Ask for one thing in the wording of evaluation."""
+    """Ask for one thing in the wording of evaluation. Raises UserError for empty text and the model's own tokens."""
+    _plain(text)
     cleaned = PLACE.sub("", text.strip(" .?!")).lower()
     if not cleaned:
         raise UserError("the phrase is empty: name a thing in the image, for example 'the large red circle'")
@@ -75,7 +83,9 @@ def phrase(text: str) -> Request:
 
 
 def categories(names: Sequence[str]) -> Request:
-    """Ask for everything that bears one of these names, in the wording of evaluation."""
+    """Ask for everything that bears one of these names, in the wording of evaluation; errors as in ``phrase``."""
+    for name in names:
+        _plain(name)
     cleaned = list(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
     if not cleaned:
         raise UserError("the list of names is empty: write for example 'segment: circle, square, grass'")

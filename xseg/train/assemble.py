@@ -11,7 +11,7 @@ from xseg.config import DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
 from xseg.data.mixture import Alike, Plan, alike, load_mixture
 from xseg.errors import UserError
-from xseg.infer.processing import XSegProcessor
+from xseg.infer.processing import XSegProcessor, learnt_by
 from xseg.losses.criterion import Criterion
 from xseg.models import adapters
 from xseg.models.build import build_config, build_model, load_parts
@@ -48,8 +48,20 @@ def load_data(stage: Stage) -> Data:
         _check_first_image(dataset)
         _check_head(stage, dataset)
     processor.speaks_first = sorted({dataset.task.name for dataset in datasets if dataset.task.speaks_first})
+    processor.learnt = _learnt(stage, datasets)
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
     return Data(processor, datasets, factors, labels, alike(stage.mixture, datasets))
+
+
+def _learnt(stage: Stage, datasets: Sequence[Dataset]) -> list[str] | None:
+    """The tasks of this mixture and of the stages before; None where one of those does not say."""
+    tasks = {dataset.task.name for dataset in datasets}
+    for earlier in stage.recipe.init_from:
+        before = learnt_by(Path(earlier).expanduser())
+        if before is None:
+            return None
+        tasks.update(before)
+    return sorted(tasks)
 
 
 def _check_first_image(dataset: Dataset) -> None:
