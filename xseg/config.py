@@ -62,9 +62,9 @@ class MixtureEntry(Recipe):
     recipe: str
     task: TaskSpec | None = None
     """Replaces the recipe's own task."""
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """Use the first ``limit`` samples only."""
-    repeat: float = 1.0
+    repeat: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Multiplies the balance factor."""
 
 
@@ -72,7 +72,7 @@ class Mixture(Recipe):
     """Data sets that are trained on together."""
 
     datasets: list[MixtureEntry]
-    balance: float | None = 0.1
+    balance: float | None = Field(default=0.1, ge=0, allow_inf_nan=False)
     """t of r = max(1, sqrt(t / f)) (X-SAM section 3.4); None = no resampling."""
     batches: Literal["source", "mixed"] = "source"
     """What stands together in the samples of a step: those of one data set (X-SAM), or any."""
@@ -238,7 +238,7 @@ class SuiteRow(Recipe):
 
     recipe: str
     task: TaskSpec | None = None
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     headline: str = ""
     """The metric that stands for the row where there is room for one; "" = the first of its task."""
     published: dict[str, float] = {}
@@ -263,20 +263,32 @@ FOLDERS: dict[type[BaseModel], str] = {
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping and apply its ``base:`` chain (deep merge; lists are replaced)."""
+    """Read one YAML mapping and apply its ``base:`` chain (deep merge; lists are replaced).
+
+    Raises UserError for a file that is no such mapping, and for a chain that comes back to one of its files.
+    """
+    return _with_bases(path, ())
+
+
+def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """``above``: the files whose ``base:`` chain led here."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError) as error:  # ValueError: not UTF-8, or a date of 31 February
         raise UserError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
     base = data.pop("base", None)
     if base is None:
         return data
-    base_path = path.parent / base
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: {base!r} must be the name of a file beside it; correct it or take it out")
+    base_path, here = path.parent / base, path.resolve()
     if not base_path.exists():
         raise UserError(f"{path}: base: {base}: no such file (looked for {base_path})")
-    return merge(read_yaml(base_path), data)
+    if base_path.resolve() in (*above, here):
+        raise UserError(f"{path}: base: {base}: leads back to itself; a chain of bases ends, take one of them out")
+    return merge(_with_bases(base_path, (*above, here)), data)
 
 
 def merge(base: dict[str, Any], diff: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +316,7 @@ def parse_override(item: str) -> dict[str, Any]:
         raise UserError(f"--set {item}: write key.sub=value, for example --set steps=100")
     try:
         out: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--set {item}: the value is no YAML ({reason}): mend it, or put it into a recipe") from error
     for part in reversed(dotted.split(".")):

@@ -15,10 +15,13 @@ class RunError(RuntimeError):
     """
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known word, or the known words when none is near."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, or the known words when none is near.
+
+    What YAML or JSON read as no text (``no``, 3) is taken as it is printed.
+    """
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
     return f" (known: {', '.join(names)})" if names else ""
