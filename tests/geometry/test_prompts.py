@@ -72,3 +72,22 @@ def test_widening_is_a_disc_and_changes_only_thin_kinds() -> None:
 )
 def test_a_user_s_own(made: np.ndarray, pixels: list[list[int]]) -> None:
     assert np.argwhere(made).tolist() == pixels
+
+
+def test_a_stroke_far_outside_costs_no_more_than_its_picture() -> None:
+    size = (30, 40)
+    diagonal = from_path(size, [(0, 0), (1e9, 1e9)])
+    assert (diagonal == np.eye(*size, dtype=bool)).all()
+    across = from_path(size, [(-1e12, 7.5), (1e12, 7.5), (20.5, 1e11)])
+    assert across[7].all() and not across[:7].any() and not across[8:, :20].any()
+    for missing in ([(1e9, -50), (1e9, 1e9)], [(-1e9, 20), (20, -1e9)], [(-500, -1e9), (-500, 1e9)]):
+        assert not from_path(size, missing).any()
+
+
+def test_strokes_near_the_picture_are_the_lines_they_were() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        path = rng.uniform(-60, 100, (6, 2))
+        steps = np.ceil(np.abs(np.diff(path, axis=0)).max(1)).astype(int) + 1
+        rows = [np.linspace(a, b, n) for a, b, n in zip(path[:-1], path[1:], steps, strict=True)]
+        assert (from_path((30, 40), path.tolist()) == from_points((30, 40), np.concatenate(rows).tolist())).all()

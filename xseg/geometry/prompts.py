@@ -133,11 +133,33 @@ def _box_iou(a: np.ndarray, b: np.ndarray) -> float:
 def _stroke(out: np.ndarray, path: np.ndarray) -> None:
     """Set the pixels under the straight lines between the (row, column) points of ``path``."""
     if len(path) > 1:
-        steps = np.ceil(np.abs(np.diff(path, axis=0)).max(1)).astype(int) + 1
-        path = np.concatenate([np.linspace(a, b, n) for a, b, n in zip(path[:-1], path[1:], steps, strict=True)])
+        starts, ends = _near(path[:-1], path[1:], out.shape)
+        steps = np.ceil(np.abs(ends - starts).max(1)).astype(int) + 1
+        path = np.concatenate([np.linspace(a, b, n) for a, b, n in zip(starts, ends, steps, strict=True)])
     at = np.floor(path).astype(int)
     inside = (at >= 0).all(1) & (at < np.array(out.shape)).all(1)
     out[at[inside, 0], at[inside, 1]] = True
+
+
+def _near(starts: np.ndarray, ends: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (n, 2) ends of straight lines, cut where a line runs far outside the image.
+
+    Each pixel of a line's length is a row in memory, seen or not. Cut lines are sampled a little differently, so
+    nothing is cut within an image's side and the waves of two scribbles: what ``draw`` makes stays as it is.
+    """
+    margin = max(shape) + 40.5  # not whole: steps of one pixel from a whole number may round past a pixel
+    low, high = np.full(2, -margin), np.array(shape) + margin
+    far = ~((starts >= low) & (starts <= high) & (ends >= low) & (ends <= high)).all(1, keepdims=True)
+    if not far.any():
+        return starts, ends
+    with np.errstate(all="ignore"):  # a line along an axis never crosses the other borders: infinite, which is right
+        run = ends - starts
+        crossings = np.stack([(low - starts) / run, (high - starts) / run])
+        enter = np.fmax(np.fmin(*crossings).max(1, keepdims=True), 0)
+        leave = np.fmin(np.fmax(*crossings).min(1, keepdims=True), 1)
+        missed = enter > leave  # of such a line its start is left, moved to the border, which is outside the image
+        first, last = starts + np.where(missed, 0, enter) * run, starts + np.where(missed, 0, leave) * run
+    return np.where(far, np.clip(first, low, high), starts), np.where(far, np.clip(last, low, high), ends)
 
 
 def _add_rough(out: np.ndarray, part: np.ndarray) -> None:
