@@ -104,3 +104,16 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"refcoco/1.*{name}.*cannot be decoded"):
             V.read_image(tmp_path / name, "refcoco/1")
     assert V.read_image(Image.new("L", (3, 2)), "x").mode == "RGB"
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("I;16", 16), ("I", 32), ("F", 32)])
+def test_a_deep_picture_is_refused_instead_of_read_as_white(tmp_path: Path, mode: str, bits: int) -> None:
+    path = tmp_path / "deep.tif"
+    deep = Image.fromarray(np.arange(600).reshape(20, 30).astype(np.int32)).convert(mode)
+    deep.save(path)
+    told = rf"{bits}-bit picture: mode {mode} .* store it with 8 bits a channel"
+    for read in (V.read_image, V.read_size):
+        with pytest.raises(UserError, match=rf"here: image .*deep\.tif: {told}"):
+            read(path, "here")
+    with pytest.raises(UserError, match=rf"here: image: {told}"):
+        V.read_image(deep, "here")

@@ -1,7 +1,8 @@
 """The two pictures of an image: a small one for the language model and the square canvas of the mask branch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,30 +42,44 @@ class ViewSizes:
 def read_image(path: Path | Image.Image, where: str) -> Image.Image:
     """Decode an image file as RGB; an open image is converted. Stored orientation, as COCO annotates it.
 
-    Raises UserError, naming ``where``, for a missing, truncated or foreign file.
+    Raises UserError, naming ``where``, for a missing, truncated or foreign file, and for more than 8 bits a channel.
     """
     if isinstance(path, Image.Image):
+        _check_depth(path, f"{where}: image")
         return path.convert("RGB")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: image {path} does not exist; check the recipe's image folder") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {path} cannot be decoded ({error}); fetch the file again") from error
+    with _opened(path, where) as image:
+        return image.convert("RGB")
 
 
 def read_size(path: Path | Image.Image, where: str) -> Size:
     """Return (H, W) of an image from its header, nothing decoded. Raises UserError, naming ``where``, without one."""
     if isinstance(path, Image.Image):
         return path.height, path.width
+    with _opened(path, where) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Image.Image]:
+    """An image file that can become RGB; what is wrong with it, also while it is decoded, is a UserError."""
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            _check_depth(image, f"{where}: image {path}")
+            yield image
     except FileNotFoundError as error:
         raise UserError(f"{where}: image {path} does not exist; check the recipe's image folder") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: image {path} cannot be decoded ({error}); fetch the file again") from error
+
+
+def _check_depth(image: Image.Image, what: str) -> None:
+    """UserError for wide numbers: Pillow cuts them off at 255, and nearly all of the picture would be plain white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        bits = 16 if image.mode.startswith("I;16") else 32
+        raise UserError(
+            f"{what}: {bits}-bit picture: mode {image.mode} does not fit into 8 bits and would be read as plain white; "
+            "store it with 8 bits a channel"
+        )
 
 
 def llm_view(image: Image.Image, size: int, mode: LlmMode = "squash") -> np.ndarray:
