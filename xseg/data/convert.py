@@ -6,14 +6,14 @@ Images stay where they are; the JSONL names them relative to its folder.
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from xseg.data.records import field, read_records, records
+from xseg.data.records import field, read_records, records, whole
 from xseg.data.sources import Source, coco, reason
 from xseg.data.sources.jsonl import to_line
 from xseg.data.sources.semantic import SUFFIXES, read_label_map
@@ -80,14 +80,37 @@ def _recipe(layout: str, task: str, names: dict[str, bool], count: int, source: 
     return head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _coco(path: Path, images: Path | None) -> Samples:
-    """A COCO instances JSON."""
+def _coco(path: Path, images: Path | None) -> Iterator[Sample]:
+    """A COCO instances or panoptic JSON."""
     if images is None:
         raise UserError(f"{path}: a COCO JSON does not say where its pictures lie; name their folder: --images DIR")
-    data = read_records(path)
-    panoptic = any("segments_info" in row for row in records(data, "annotations", str(path))[:1])
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder; name the one that holds the pictures of {path}: --images DIR")
+    first = records(read_records(path), "annotations", str(path))[:1]
+    panoptic = any(isinstance(row, Mapping) and "segments_info" in row for row in first)
     key = "panoptic_json" if panoptic else "instances"
-    return _all(coco.Source(Path(), "train", images=str(images), **{key: str(path)}, name=path.stem))
+    source = coco.Source(Path(), "train", images=str(images), **{key: str(path)}, name=path.stem)
+    for index, (image, _) in enumerate(source.records):
+        # before any mask is read: a height of millions would first fill the memory
+        _check_size(
+            source.images / image["file_name"], (image["height"], image["width"]), f"{path}: image {image['id']}"
+        )
+        yield source[index]
+
+
+def _check_size(image: Path, stated: Size, where: str) -> None:
+    """UserError when a picture is not there, or is not of the (H, W) that its annotation states."""
+    size = read_size(image, where)
+    if size != stated:
+        turned = (
+            "; the two are swapped, as when a picture was annotated the way its EXIF rotation shows it: it is read as "
+            "it is stored, so store it turned, without that tag"
+        )
+        raise UserError(
+            f"{where}: image {image} is {list(size)} (height, width), its annotation says {list(stated)}: masks only "
+            "fit the picture they were drawn on; take that picture, or repair the size"
+            + (turned if size == stated[::-1] else "")
+        )
 
 
 def _lisa(folder: Path, images: Path | None) -> Samples:
@@ -110,7 +133,11 @@ def _labelme(folder: Path, images: Path | None) -> Iterator[Sample]:
     categories = Categories(tuple(labels), tuple(range(len(labels))), (True,) * len(labels))
     for path, data in read:
         image = (images or path.parent) / Path(str(field(data, "imagePath", str(path))).replace("\\", "/")).name
+        # files of old versions state no size, or null
+        sides = ("imageHeight", "imageWidth")
         size = read_size(image, str(path))
+        if any(data.get(side) is not None for side in sides):
+            _check_size(image, (whole(data, sides[0], str(path)), whole(data, sides[1], str(path))), str(path))
         groups: dict[tuple[str, Any], list[dict[str, Any]]] = {}
         for number, shape in enumerate(records(data, "shapes", str(path))):
             place = f"{path}: shapes[{number}]"

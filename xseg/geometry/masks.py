@@ -24,8 +24,10 @@ def rle_from_segmentation(segmentation: Any, size: Size, where: str) -> dict[str
 
     ``segmentation`` is a list of polygons ``[x1, y1, x2, y2, …]``, an RLE with a list of counts, or a compressed RLE.
     Polygons of fewer than three points enclose nothing and are skipped. Raises UserError, naming ``where``, for an
-    RLE of another size, counts that do not fill the image, and malformed polygons.
+    RLE of another size, counts that do not fill the image, malformed polygons, and a ``size`` that no image has.
     """
+    if min(size) < 1:
+        raise UserError(f"{where}: an image of {list(size)} (height, width): both are 1 or more; correct its record")
     if isinstance(segmentation, Mapping):
         return _rle_from_mapping(segmentation, size, where)
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str | bytes):
@@ -44,7 +46,7 @@ def rle_from_segmentation(segmentation: Any, size: Size, where: str) -> dict[str
 def _polygon(points: Any, where: str) -> list[float]:
     try:
         values = np.asarray(points, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = np.full(1, np.nan)
     if values.ndim != 1 or len(values) % 2 or not np.isfinite(values).all():
         raise UserError(
@@ -55,14 +57,15 @@ def _polygon(points: Any, where: str) -> list[float]:
 
 
 def _rle_from_mapping(rle: Rle, size: Size, where: str) -> dict[str, Any]:
-    if tuple(rle.get("size", ())) != tuple(size) or "counts" not in rle:
+    stated = rle.get("size")
+    if not isinstance(stated, Sequence) or tuple(stated) != tuple(size) or "counts" not in rle:
         raise UserError(
-            f"{where}: mask of size {rle.get('size')} (height, width) on an image of {list(size)}: a mask needs "
+            f"{where}: mask of size {stated} (height, width) on an image of {list(size)}: a mask needs "
             f"'counts' and exactly its image's size; repair the mask or the image's height and width"
         )
     counts = rle["counts"]
     compressed = isinstance(counts, str | bytes)
-    runs = _runs(counts) if compressed else np.asarray(counts, np.int64)
+    runs = _runs(counts) if compressed else _listed(counts, where)
     if (runs < 0).any() or int(runs.sum()) != size[0] * size[1]:
         raise UserError(
             f"{where}: RLE counts add up to {int(runs.sum())}, not to {size[0]} x {size[1]} = {size[0] * size[1]} "
@@ -71,6 +74,20 @@ def _rle_from_mapping(rle: Rle, size: Size, where: str) -> dict[str, Any]:
     if not compressed:
         return dict(coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size))
     return {"size": list(size), "counts": counts.encode() if isinstance(counts, str) else bytes(counts)}
+
+
+def _listed(counts: Any, where: str) -> np.ndarray:
+    """Run lengths that are written as a list; UserError for anything but a flat list of whole numbers."""
+    try:
+        runs = np.asarray(counts)
+    except ValueError:  # lists of different lengths
+        runs = np.zeros(())
+    if runs.ndim != 1 or (runs.dtype.kind not in "iu" and len(runs)):
+        raise UserError(
+            f"{where}: RLE counts {str(counts)[:80]} are neither a compressed text nor a flat list of whole numbers; "
+            "repair that mask"
+        )
+    return runs.astype(np.int64)
 
 
 def _runs(counts: str | bytes) -> np.ndarray:
