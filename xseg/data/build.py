@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xseg.data.parallel import ordered
-from xseg.data.records import Packed, field, read_records, records
+from xseg.data.records import Packed, field, flag, identifier, read_records, records
 from xseg.data.sources.coco import read_images
 from xseg.errors import UserError
 from xseg.geometry.masks import decode, encode, rle_from_segmentation, to_json
@@ -66,7 +66,7 @@ def _grouped(path: Path) -> list[tuple[dict[str, Any], list[tuple[int, Any]]]]:
     images = read_images(data, where)
     by_image: dict[Any, list[tuple[int, Any]]] = {image: [] for image in images}
     for number, row in enumerate(records(data, "annotations", where)):
-        image = field(row, "image_id", f"{where}: annotations[{number}]")
+        image = identifier(row, "image_id", f"{where}: annotations[{number}]")
         if image not in by_image:
             raise UserError(f"{where}: annotations[{number}]: image_id {image!r} is not listed under 'images'")
         by_image[image].append((number, row))
@@ -99,9 +99,9 @@ class _Job:
         return json.dumps(record, separators=(",", ":")), len(rows)
 
     def _object(self, number: int, annotation: Any, image: dict[str, Any]) -> dict[str, Any] | None:
-        if annotation.get("iscrowd", 0):
-            return None
         where = f"{self.where}: annotations[{number}]"
+        if flag(annotation, "iscrowd", where):
+            return None
         size = (image["height"], image["width"])
         mask = decode(rle_from_segmentation(field(annotation, "segmentation", where), size, where))
         drawn = draw(mask, np.random.default_rng([self.seed, number]))

@@ -131,12 +131,45 @@ def field(record: Any, key: str, where: str) -> Any:
     return record[key]
 
 
-def whole(record: Any, key: str, where: str, default: int | None = None) -> int:
-    """Return the whole number under ``key``; UserError when it is missing without a ``default``, or no number."""
+def whole(record: Any, key: str, where: str, default: int | None = None, least: int | None = None) -> int:
+    """Return the whole number under ``key``.
+
+    UserError when it is missing without a ``default``, when it is no number, and when it is below ``least``.
+    """
     value = default if default is not None and key not in record else field(record, key, where)
-    if not isinstance(value, int):
-        raise UserError(f"{where}: {key}: {value!r} must be a whole number; correct it")
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        rule = "a whole number" if least is None else f"a whole number of {least} or more"
+        raise UserError(f"{where}: {key}: {_short(value)} must be {rule}; correct it")
     return value
+
+
+def identifier(record: Any, key: str, where: str) -> int | float | str:
+    """Return the id under ``key``; UserError when it is missing or neither a number nor a text."""
+    value = field(record, key, where)
+    if not isinstance(value, int | float | str):
+        raise UserError(f"{where}: {key}: {_short(value)} is no id: an id is a number or a text; correct it")
+    return value
+
+
+def text(record: Any, key: str, where: str) -> str:
+    """Return the text under ``key``; UserError when it is missing, empty or no text."""
+    value = field(record, key, where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key}: {_short(value)} must be a text that is not empty; correct it")
+    return value
+
+
+def flag(record: Any, key: str, where: str, default: bool = False) -> bool:
+    """Return the yes or no under ``key``; UserError for anything but 0, 1, true and false: even the text "0" is a yes
+    to Python."""
+    value = record.get(key, default)
+    if isinstance(value, str) or value not in (0, 1):
+        raise UserError(f"{where}: {key}: {_short(value)} must be 0 or 1; correct it")
+    return bool(value)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
 
 
 def records(data: Any, key: str, where: str) -> list[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xseg.data.records import Packed, field, read_records, records
+from xseg.data.records import Packed, field, flag, identifier, read_records, records, text, whole
 from xseg.errors import UserError
 from xseg.geometry.masks import area, read_id_map, rle_from_segmentation
 from xseg.paths import data_path
@@ -79,8 +79,7 @@ class Source:
             )
         segments = record["segments_info"]
         instances = tuple(
-            Instance(row, self.index[s["category_id"]], bool(s.get("iscrowd", 0)), s["id"])
-            for row, s in enumerate(segments)
+            Instance(row, self.index[s["category_id"]], s["iscrowd"], s["id"]) for row, s in enumerate(segments)
         )
         return Masks(size, id_map=id_map, ids=tuple(s["id"] for s in segments)), instances
 
@@ -91,7 +90,7 @@ def _named(data: Any, pattern: str | None, where: str) -> Any:
         return data
     try:
         images = [{**row, "file_name": pattern.format(**row)} for row in records(data, "images", where)]
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where}: images: {pattern!r} does not fit an image record ({error!r}); use keys of the records, for "
             "example '{id:012d}.jpg'"
@@ -101,12 +100,11 @@ def _named(data: Any, pattern: str | None, where: str) -> Any:
 
 def read_categories(data: Any, where: str) -> Categories:
     """The category list of a COCO file in its own order, names cleaned."""
-    rows = records(data, "categories", where)
-    places = [f"{where}: categories[{i}]" for i in range(len(rows))]
+    rows = [(row, f"{where}: categories[{i}]") for i, row in enumerate(records(data, "categories", where))]
     return Categories(
-        names=tuple(clean_name(str(field(row, "name", place))) for row, place in zip(rows, places, strict=True)),
-        ids=tuple(int(field(row, "id", place)) for row, place in zip(rows, places, strict=True)),
-        is_thing=tuple(bool(row.get("isthing", 1)) for row in rows),
+        names=tuple(clean_name(str(field(row, "name", place))) for row, place in rows),
+        ids=tuple(whole(row, "id", place) for row, place in rows),
+        is_thing=tuple(flag(row, "isthing", place, True) for row, place in rows),
     )
 
 
@@ -125,23 +123,26 @@ def category_index(categories: Categories) -> dict[int, int]:
 
 def read_images(data: Any, where: str) -> dict[Any, dict[str, Any]]:
     """The image records by id, with only what a sample needs."""
-    rows = records(data, "images", where)
-    keys = ("id", "file_name", "height", "width")
-    slim = [{k: field(row, k, f"{where}: images[{i}]") for k in keys} for i, row in enumerate(rows)]
-    return {row["id"]: row for row in slim}
+    slim: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(records(data, "images", where)):
+        place = f"{where}: images[{number}]"
+        key, name = identifier(row, "id", place), text(row, "file_name", place)
+        sides = {side: whole(row, side, place, least=1) for side in ("height", "width")}
+        slim[key] = {"id": key, "file_name": name, **sides}
+    return slim
 
 
 def slim_annotation(row: Any, index: Mapping[int, int], where: str) -> dict[str, Any]:
     """What a sample needs of an instance annotation; UserError for a category that is not in the list."""
-    place = f"{where}: annotation {field(row, 'id', where)}"
+    place = f"{where}: annotation {identifier(row, 'id', where)}"
     check_category(field(row, "category_id", place), index, place)
     slim = {k: field(row, k, place) for k in ("id", "category_id", "segmentation")}
-    return {**slim, "iscrowd": row.get("iscrowd", 0)}
+    return {**slim, "iscrowd": flag(row, "iscrowd", place)}
 
 
 def check_category(category: Any, index: Mapping[int, int], where: str) -> None:
     """UserError when a category id is not in the file's own list."""
-    if category not in index:
+    if not isinstance(category, int | float | str) or category not in index:
         raise UserError(
             f"{where}: category_id {category!r} is not among the {len(index)} ids of 'categories': every annotation "
             f"needs a listed category; add the category or correct the id"
@@ -165,30 +166,37 @@ def group_instances(data: Any, index: Mapping[int, int], where: str) -> list[tup
     """(image, its annotations) for every image of an instances file."""
     images = read_images(data, where)
     by_image: dict[Any, list[Any]] = {image: [] for image in images}
-    for row in records(data, "annotations", where):
-        image = field(row, "image_id", f"{where}: annotation {row.get('id')}")
+    for number, row in enumerate(records(data, "annotations", where)):
+        image = identifier(row, "image_id", place := _place(row, number, where))
         if image not in by_image:
-            raise UserError(f"{where}: annotation {row.get('id')}: image_id {image!r} is not listed under 'images'")
+            raise UserError(f"{place}: image_id {image!r} is not listed under 'images'")
         by_image[image].append(slim_annotation(row, index, f"{where}: image {image}"))
     return [(images[image], rows) for image, rows in by_image.items()]
+
+
+def _place(row: Any, number: int, where: str) -> str:
+    """How an annotation is named in a message: by its id, or by its place in the file when it has none."""
+    named = isinstance(row, Mapping) and "id" in row
+    return f"{where}: annotation {row['id']}" if named else f"{where}: annotations[{number}]"
 
 
 def group_segments(data: Any, index: Mapping[int, int], where: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(image, its panoptic record) for every record of a panoptic file."""
     images = read_images(data, where)
     out = []
-    for row in records(data, "annotations", where):
-        place = f"{where}: image {field(row, 'image_id', where)}"
-        if row["image_id"] not in images:
+    for number, row in enumerate(records(data, "annotations", where)):
+        image = identifier(row, "image_id", f"{where}: annotations[{number}]")
+        place = f"{where}: image {image}"
+        if image not in images:
             raise UserError(f"{place}: a panoptic record of an image that is not listed under 'images'")
-        keys = ("id", "category_id", "iscrowd")
         segments = []
-        for segment in records(row, "segments_info", place):
-            check_category(
-                field(segment, "category_id", place), index, f"{place} annotation {field(segment, 'id', place)}"
-            )
-            segments.append({k: segment[k] for k in keys if k in segment})
-        out.append((images[row["image_id"]], {"file_name": field(row, "file_name", place), "segments_info": segments}))
+        for k, segment in enumerate(records(row, "segments_info", place)):
+            key = whole(segment, "id", f"{place} segments_info[{k}]")
+            told = f"{place} annotation {key}"
+            check_category(field(segment, "category_id", told), index, told)
+            crowd = flag(segment, "iscrowd", told)
+            segments.append({"id": key, "category_id": segment["category_id"], "iscrowd": crowd})
+        out.append((images[image], {"file_name": text(row, "file_name", place), "segments_info": segments}))
     return out
 
 
@@ -198,7 +206,5 @@ def read_instances(
     """Masks and instances of one image, without the objects that have no pixel."""
     rles = [(a, rle_from_segmentation(a["segmentation"], size, f"{where} annotation {a['id']}")) for a in annotations]
     kept = [(a, rle) for a, rle in rles if area(rle)]
-    instances = tuple(
-        Instance(row, index[a["category_id"]], bool(a["iscrowd"]), a["id"]) for row, (a, _) in enumerate(kept)
-    )
+    instances = tuple(Instance(row, index[a["category_id"]], a["iscrowd"], a["id"]) for row, (a, _) in enumerate(kept))
     return Masks(size, tuple(rle for _, rle in kept)), instances
