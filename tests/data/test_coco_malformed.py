@@ -24,6 +24,11 @@ def changed(path: Path, edit: Edit) -> None:
     path.write_text(json.dumps(data))
 
 
+def rename(data: dict[str, Any], names: list[str]) -> None:
+    for category, name in zip(data["categories"], names, strict=True):
+        category["name"] = name
+
+
 def read_all(root: Path, options: dict[str, str]) -> list[Any]:
     source = load_source("coco", root, "val", options)
     return [source[i] for i in range(len(source))]
@@ -107,3 +112,37 @@ def test_panoptic_records_are_checked(tmp_path: Path, edit: Edit, message: str) 
     changed(tmp_path / "panoptic.json", edit)
     with pytest.raises(UserError, match=r"panoptic\.json: .*" + message):
         read_all(tmp_path, PANOPTIC)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["screw, M4", "screw, M5"], ("screw, M4", "screw, M5")),
+        (["A", "a"], ("A", "a")),
+        (["-stuff", "Wall-stuff"], ("-stuff", "Wall-stuff")),
+        ([" Nut, small", "Nut, large "], ("Nut, small", "Nut, large")),
+        (["Wall-other-merged", "cabinet, closet"], ("wall", "cabinet")),
+    ],
+)
+def test_names_that_cleaning_would_merge_stay_as_written(tmp_path: Path, written: list[str], read: Any) -> None:
+    coco_file(tmp_path)
+    changed(tmp_path / "instances.json", lambda d: rename(d, written))
+    source = load_source("coco", tmp_path, "val", INSTANCES)
+    assert source.categories is not None and source.categories.names == read
+    convert("coco", tmp_path / "instances.json", tmp_path / "out", tmp_path / "pictures")
+    lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert {mask["category"] for line in lines for mask in line.get("objects", [])} == set(read)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (["cat", " cat"], r"categories\[0\] and categories\[1\] are both named 'cat'"),
+        (["cat", "  "], r"categories\[1\]: name: '' is empty"),
+    ],
+)
+def test_names_that_nothing_tells_apart(tmp_path: Path, written: list[str], message: str) -> None:
+    coco_file(tmp_path)
+    changed(tmp_path / "instances.json", lambda d: rename(d, written))
+    with pytest.raises(UserError, match=r"instances\.json: " + message):
+        load_source("coco", tmp_path, "val", INSTANCES)

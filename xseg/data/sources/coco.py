@@ -99,13 +99,36 @@ def _named(data: Any, pattern: str | None, where: str) -> Any:
 
 
 def read_categories(data: Any, where: str) -> Categories:
-    """The category list of a COCO file in its own order, names cleaned."""
+    """The category list of a COCO file in its own order, names cleaned; UserError for a name that is empty or twice."""
     rows = [(row, f"{where}: categories[{i}]") for i, row in enumerate(records(data, "categories", where))]
     return Categories(
-        names=tuple(clean_name(str(field(row, "name", place))) for row, place in rows),
+        names=_distinct([str(field(row, "name", place)).strip() for row, place in rows], where),
         ids=tuple(whole(row, "id", place) for row, place in rows),
         is_thing=tuple(flag(row, "isthing", place, True) for row, place in rows),
     )
+
+
+def _distinct(written: list[str], where: str) -> tuple[str, ...]:
+    """The names cleaned, or all of them as written where cleaning would make two of them one, or one empty.
+
+    A comma before synonyms and a panoptic suffix are customs of the public sets, in which no two names meet. A file
+    where they do ("screw, M4" and "screw, M5") has other customs: there the difference is a class that its owner wants
+    told apart, and cleaning the rest of the list by half would only make its names uneven.
+    """
+    cleaned = [clean_name(name) for name in written]
+    names = cleaned if len(set(cleaned)) == len(cleaned) and all(cleaned) else written
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if not name:
+            raise UserError(
+                f"{where}: categories[{number}]: name: '' is empty: a class is asked for by its name; name it"
+            )
+        if first.setdefault(name, number) != number:
+            raise UserError(
+                f"{where}: categories[{first[name]}] and categories[{number}] are both named {name!r}: classes are "
+                "told apart by their names; rename one, or give its annotations the other's category_id and take it out"
+            )
+    return tuple(names)
 
 
 def clean_name(name: str) -> str:
