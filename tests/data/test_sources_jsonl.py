@@ -118,12 +118,71 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         ({"image": "a.jpg", "caption": "a", "spans": [], "phrases": []}, "one line holds one kind of text"),
         ({"image": "a.jpg", "spans": [[]]}, "'spans' without a 'caption'"),
         ({"turns": [{"role": "assistant", "text": "a"}]}, r"turns\[0\]: role 'assistant'"),
+        ({"image": "a.jpg", "caption": "<p>a</p>", "spans": 3}, "'spans' is a int, it must be a list"),
+        ({"images": 3, "turns": []}, "images: 3 must be names of files"),
+        (
+            {"image": "a.jpg", "phrases": [{"text": "a <region>", "objects": []}]},
+            r"phrases\[0\]: text: .* holds <region>",
+        ),
+        ({"image": "a.jpg", "phrases": [{"text": "a <p>", "objects": []}]}, r"phrases\[0\]: text: .* holds <p>"),
+        ({"image": "a.jpg", "phrases": [{"text": " ", "objects": []}]}, r"phrases\[0\]: text: ' ' has no words"),
+        ({"image": "a.jpg", "phrases": [{"text": None, "objects": []}]}, r"phrases\[0\]: text: None must be a text"),
+        ({"image": "a.jpg", "caption": "a <SEG>", "spans": []}, "caption: 'a <SEG>' holds <SEG>"),
+        ({"turns": [{"role": "user", "text": None}]}, r"turns\[0\]: text: None must be a text"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
     source = write(tmp_path, {"turns": []}, row)
     with pytest.raises(UserError, match=rf"mine\.jsonl: line 2.*{message}"):
         source[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category": ""}, "category: '' has no words"),
+        ({"category": None}, "category: None must be a text"),
+        ({"category": False}, "category: False must be a text"),
+        ({"category": "a <SEG>"}, "category: 'a <SEG>' holds <SEG>"),
+        ({"category": "<region>"}, "category: '<region>' holds <region>"),
+        ({"crowd": "false"}, "crowd: 'false' must be true or false, without quotes"),
+        ({"explanation": "<image> here"}, "explanation: '<image> here' holds <image>"),
+        # a box from its far corner to its near one, and one of COCO's [x, y, width, height]
+        ({"prompts": {"box": [28, 18, 14, 9]}}, r"box: \[28, 18, 14, 9\]: no pixel .* \[20, 31\] .*x1 < x2"),
+        ({"prompts": {"box": [20, 3, 10, 8]}}, r"box: \[20, 3, 10, 8\]: no pixel .*no width or height"),
+        ({"prompts": {"scribble": [[500, 500], [510, 505]]}}, "scribble: .*: no pixel of it lies in the image"),
+        ({"prompts": {"point": [500, 500]}}, r"point: \[500, 500\]: no pixel of it lies in the image"),
+        ({"prompts": {"mask": [[1, 1, 2, 2]]}}, "mask: .*: no pixel of it lies in the image"),
+        ({"prompts": {"scribble": [[0, 0], [1e12, 0]]}}, "scribble: .* must be"),
+        ({"prompts": {"point": [float("nan"), 3]}}, "point: .* must be"),
+    ],
+)
+def test_a_wrong_object_is_named(tmp_path: Path, change: Any, message: str) -> None:
+    source = write(tmp_path, {"image": "a.jpg", "objects": [{"segmentation": POLYGON, "category": "dog", **change}]})
+    with pytest.raises(UserError, match=rf"mine\.jsonl: line 1: objects\[0\]: {message}"):
+        source[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"categories": [0, 1]}, "categories: 0 must be a name; put it in quotes"),
+        ({"categories": [False, True]}, "categories: False must be a name; put it in quotes"),
+        ({"categories": ["dog", "cat"], "stuff": [False]}, "stuff: False must be a name"),
+        ({"categories": "dog"}, "categories: 'dog' must be a list of names"),
+        ({"categories": ["dog", "cat", "dog"]}, "categories: 'dog' is there twice"),
+        ({"categories": ["dog", ""]}, "categories: '' has no words"),
+        ({"categories": ["<p>"]}, "categories: '<p>' holds <p>"),
+    ],
+)
+def test_names_of_a_recipe_that_are_none(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write(tmp_path, {"image": "a.jpg", "objects": OBJECTS[:1]}, **options)
+
+
+def test_a_file_without_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mine\.jsonl: no sample there"):
+        write(tmp_path, "", " ")
 
 
 def test_a_category_the_recipe_does_not_list(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Spoken(base.Base):
         if waits and len(sample.phrases) > 1:
             raise UserError(
                 f"{sample.key}: {len(sample.phrases)} phrases or objects, and {self.name}.answer = 'generated' is for "
-                "one: let the source give every one as a sample of its own (grouping), or set answer to 'given'"
+                "one: let the recipe's source make a sample of each (option grouping: 'sentence', or 'object' for a "
+                "jsonl's objects), or set answer to 'given'"
             )
         return waits
 
