@@ -65,6 +65,14 @@ def test_resolved_recipe_holds_contents_instead_of_names() -> None:
     assert fields["model"]["llm_view"] == "pad_square" and "model_overrides" not in fields
 
 
+def test_stage_3_keeps_the_sam_that_stage_1_trained() -> None:
+    """Stage 2 starts from no stage 1: its folder holds SAM as it was downloaded."""
+    assert not stages.read_stage(S2).recipe.init_from
+    from xseg.config import StageRecipe, load_recipe
+
+    assert load_recipe(StageRecipe, S3).init_from == ["runs/s2/final", "runs/s1/final"], "the last one stays"
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path: Path) -> None:
     stage = stages.read_stage(S1, [f"out={tmp_path}"])
     stages.check_fresh(stage, resume=False)
@@ -72,6 +80,15 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step_7"):
         stages.check_fresh(stage, resume=False)
     stages.check_fresh(stage, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_model_without_checkpoints_is_not_overwritten(tmp_path: Path, resume: bool) -> None:
+    stage = stages.read_stage(S1, [f"out={tmp_path}"])
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a finished model"):
+        stages.check_fresh(stage, resume=resume)
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

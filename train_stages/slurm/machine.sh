@@ -8,6 +8,8 @@
 # `out` must lie on a disk that all machines share: every rank writes its part of a checkpoint there. `data_root` may
 # be a copy on each machine's own disk: which samples a rank reads follows from (seed, step, rank) alone.
 set -euo pipefail
+# How long the launcher waits, once told to stop, for a checkpoint to be written; by itself it would kill after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 : "${MACHINES:?}" "${MACHINE:?}" "${HEAD:?}" "${PORT:?}" "${PROCESSES:?}"
 exec accelerate launch --config_file "${CONFIG:-train_stages/accelerate/zero2.yaml}" \
     --num_machines "$MACHINES" --machine_rank "$MACHINE" --main_process_ip "$HEAD" --main_process_port "$PORT" \

@@ -78,6 +78,11 @@ def _check(recipe: StageRecipe, where: str) -> None:
 def check_fresh(stage: Stage, resume: bool) -> None:
     """Raise UserError when the run's folder holds an earlier run that nobody asked to continue."""
     done = sorted(p.name for p in (stage.out / "checkpoints").glob("step_*"))
+    if not done and (stage.out / "final/config.json").is_file():
+        raise UserError(
+            f"out = {stage.recipe.out}: holds a finished model (final) without checkpoints to go on from, and a new "
+            "run would overwrite it; give another folder with --set out=DIR, or remove final"
+        )
     if done and not resume:
         raise UserError(
             f"out = {stage.recipe.out}: holds an earlier run ({', '.join(done)}), and a new one would overwrite it; "
