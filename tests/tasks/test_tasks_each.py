@@ -13,6 +13,7 @@ from xseg import postprocess
 from xseg.errors import UserError
 from xseg.metrics import truth
 from xseg.tasks import conversation, generic_seg, refer_seg
+from xseg.tasks.open_vocab_seg import Name, with_vocabulary
 from xseg.tokens import SEG
 from xseg.types import Categories, Instance, ModelOutput, Phrase, Sample, Turn, ViewGeometry
 
@@ -84,6 +85,20 @@ def test_fixed_labels_have_no_text() -> None:
     for metric in metrics:
         metric.update(prediction, sample)
     assert {round(s.value, 6) for m in metrics[:3] for s in m.compute()} == {100}
+
+
+@pytest.mark.parametrize("labels", ["text", "fixed"])
+def test_an_object_of_no_category_is_not_taken_for_one_of_the_last(labels: str) -> None:
+    sample = generic_seg.Task.example()
+    unknown = dataclasses.replace(sample.instances[0], category=-1)
+    unlisted = dataclasses.replace(sample, instances=(*sample.instances[1:], unknown))
+    task = generic_seg.Task(labels=labels)
+    for train in (True, False):
+        with pytest.raises(UserError, match="has no category"):
+            task.format(unlisted, rng(0), train=train)
+    names = [Name(name, True) for name in sample.categories.names]
+    asked = with_vocabulary(unlisted, names)
+    assert len(asked.instances) == len(sample.instances) - 1, "it answers to none of the names"
 
 
 def test_generic_outputs_are_what_was_asked_for() -> None:

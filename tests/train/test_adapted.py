@@ -126,6 +126,19 @@ def test_a_killed_run_goes_on_from_a_small_checkpoint(
     assert first.keys() == second.keys() and all(torch.equal(v, second[n]) for n, v in first.items())
 
 
+def test_a_run_with_adapters_is_not_consolidated(
+    run: Run, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (SMALL, f"out={run}", f"data_root={data}", *COMMON, f"init_from=[{base}]", LORA, "steps=4", *SAMPLED)
+    given = [word for setting in settings for word in ("--set", setting)]
+    stage = str(next(TINY.glob("s3_*.yaml")))
+    monkeypatch.setattr(sys, "argv", ["xseg", "consolidate", stage, "--out", str(tmp_path / "whole"), *given])
+    with pytest.raises(SystemExit) as end:
+        command_line()
+    assert end.value.code == 2 and "a run with adapters" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+
+
 def test_a_changed_or_lost_base_is_told(run: Path, base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "x/final"
     shutil.copytree(run / "final", copy)

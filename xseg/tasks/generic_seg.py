@@ -66,9 +66,17 @@ class Task(base.Base):
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
     ) -> Formatted:
-        """Ask for all categories at once; crowd regions are no targets. Raises UserError without categories."""
+        """Ask for all categories at once; crowd regions are no targets. Raises UserError without categories, and
+        for an object that has none: it would be taken for one of another.
+        """
         names = _categories(sample).names
         targets = [i for i in sample.instances if not i.is_crowd]
+        for row, target in enumerate(sample.instances):
+            if not target.is_crowd and not 0 <= target.category < len(names):
+                raise UserError(
+                    f"{sample.key}: object {row} has no category, and generic_seg asks for every object by its "
+                    "category; name it, or mix this data set in with another task"
+                )
         rows = tuple(i.mask for i in targets)
         if self.labels == "fixed":
             return Formatted(queries=(Query(None, (), rows, tuple(i.category for i in targets)),))

@@ -87,7 +87,8 @@ def with_vocabulary(sample: Sample, names: Sequence[Name]) -> Sample:
     known = dict(zip(sample.categories.names, sample.categories.ids, strict=True))
     groups: dict[tuple[int, ...], list[Instance]] = {}
     for row, instance in enumerate(sample.instances):
-        category = place.get(sample.categories.names[instance.category])
+        # an object of no category answers to no name
+        category = place.get(sample.categories.names[instance.category]) if instance.category >= 0 else None
         if category is not None:
             alone = names[category].is_thing or instance.is_crowd
             groups.setdefault((category, row) if alone else (category,), []).append(instance)

@@ -30,8 +30,8 @@ SPLIT = {"batch_size", "accumulate"}
 def consolidate(stage: Stage, out: Path) -> int:
     """Write the newest whole checkpoint of a run as a model folder, weights in float32; return its step.
 
-    ``xseg.load`` opens the folder, and ``--resume FOLDER`` starts from it. Raises UserError when ``out`` is there, and
-    for a run without a whole checkpoint.
+    ``xseg.load`` opens the folder, and ``--resume FOLDER`` starts from it. Raises UserError when ``out`` is there, for
+    a run without a whole checkpoint, and for one with adapters.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; nothing is overwritten: choose another name or remove it")
@@ -40,6 +40,11 @@ def consolidate(stage: Stage, out: Path) -> int:
         raise UserError(f"{stage.out}: no whole checkpoint in {stage.out / 'checkpoints'}; is it the run's `out`?")
     written = state.read_state(found)
     state.check_same(written["recipe"], stage.resolved(), found)
+    if stage.recipe.adapters:
+        raise UserError(
+            f"{found}: of a run with adapters, which keeps what learns alone: such a run goes on with the accelerate "
+            "config and the number of processes of its first launch only"
+        )
     data = assemble.load_data(stage)
     model = assemble.skeleton(assemble.configuration(stage, data))
     _, unknown = model.load_state_dict(weights(found), strict=False, assign=True)

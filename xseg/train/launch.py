@@ -3,6 +3,7 @@
 import os
 import sys
 import zlib
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,9 @@ from xseg.train.autocast import attend_in_float32
 from xseg.train.stage import FSDP, check_compiler, check_fsdp
 from xseg.types import ModelOutput
 
+WAIT = timedelta(hours=2)
+"""How long a rank waits at one place for the others, while rank 0 scores held-out images or checks a large checkpoint:
+the library's ten minutes are too short for that. Stalls are the watchdog's."""
 Precision = Literal["fp32", "autocast", "bf16"]
 """fp32 everywhere; bf16 products over fp32 weights; bf16 weights with fp32 masters in the optimiser (DeepSpeed)."""
 
@@ -43,7 +47,7 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
     # Left to itself, accelerate starts no group with DeepSpeed or FSDP on CPU, and every process takes itself for the
     # only one.
     grouped = world > 1 or uses_deepspeed() or uses_fsdp()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and grouped else []
+    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=WAIT)] if grouped else []
     acc = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.accumulate,

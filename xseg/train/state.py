@@ -94,8 +94,9 @@ def restore(acc: Accelerator, path: Path, recipe: Mapping[str, Any]) -> dict[str
         names = [f"{k} = {written.get(k)}, now {now.get(k)}" for k in keys]
         raise UserError(
             f"{path}: written with {'; '.join(names)}: optimiser states cannot be split anew; resume with the "
-            "accelerate config and the number of processes of the first launch, or go on from the weights alone: "
-            "`xseg consolidate STAGE --set ... --out DIR`, then this launch with another out and --resume DIR"
+            "accelerate config and the number of processes of the first launch, or (without adapters) go on from the "
+            "weights alone: `xseg consolidate STAGE --set ... --out DIR`, then this launch with another out and "
+            "--resume DIR"
         )
     acc.load_state(str(path), **slim.loading(acc, recipe))
     return state
