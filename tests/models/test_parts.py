@@ -21,7 +21,7 @@ from transformers import (
 from xseg.config import ModelRecipe
 from xseg.errors import UserError
 from xseg.models import positions
-from xseg.models.build import build_config, build_model, load_parts
+from xseg.models.build import build_config, build_model, load_parts, sides
 from xseg.models.checkpoint import LoadReport
 from xseg.models.xseg import XSegModel
 
@@ -175,7 +175,7 @@ def test_siglip_equals_transformers(tmp_path: Path, image: int, patch: int, dept
     given = {**SIGLIP, **sizes, "hidden_size": 2 * heads}
     source = random(SiglipVisionModel(SiglipVisionConfig(**given, attn_implementation="eager")))
     source.save_pretrained(tmp_path / "siglip")
-    model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")})
+    model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")}, llm={}, segmentor={})
     pixels = torch.randn(1, 3, image, image)
     theirs = source(pixels, output_hidden_states=True).hidden_states[-2]
     assert theirs.shape[1] == (image // patch) ** 2
@@ -293,3 +293,36 @@ def test_a_cut_language_model_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"llm\.pretrained: .*no language model that can be read"):
         loaded(llm={"pretrained": str(tmp_path / "phi")})
+
+
+def test_a_folder_says_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    theirs = Qwen3Config(
+        **{k: v for k, v in LLM.items() if k != "model_type"}, rms_norm_eps=1e-3, rope_theta=500000.0, head_dim=8
+    )
+    Qwen3ForCausalLM(theirs).save_pretrained(tmp_path)
+    given = {**LLM, "model_type": "qwen3", "pretrained": str(tmp_path)}
+    ours = build_config(ModelRecipe(sam={}, siglip={}, segmentor={}, llm=given), ["llm"]).text_config
+    assert ours.rms_norm_eps == 1e-3 and ours.rope_parameters["rope_theta"] == 500000.0
+    other = build_config(
+        ModelRecipe(sam={}, siglip={}, segmentor={}, llm={**given, "rope_theta": 2e4}), ["llm"]
+    ).text_config
+    assert other.rms_norm_eps == 1e-3 and other.rope_parameters["rope_theta"] == 2e4, "the recipe has the last word"
+    absent = build_config(
+        ModelRecipe(sam={}, siglip={}, segmentor={}, llm={**given, "pretrained": str(tmp_path / "none")}), ["llm"]
+    ).text_config
+    assert absent.rms_norm_eps == 1e-6, "plans need no weights"
+
+
+def test_a_misspelt_key_of_the_language_model_is_named() -> None:
+    with pytest.raises(UserError, match=r"llm: unknown key 'num_hiden_layers' .*did you mean 'num_hidden_layers'"):
+        build_config(ModelRecipe(sam={}, siglip={}, segmentor={}, llm={**LLM, "num_hiden_layers": 1}), ["llm"])
+
+
+def test_pictures_have_the_sides_that_the_folders_say(tmp_path: Path) -> None:
+    SamVisionModel(SamVisionConfig(**SAM)).save_pretrained(tmp_path / "sam")
+    SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).save_pretrained(tmp_path / "siglip")
+    recipe = ModelRecipe(
+        sam={"pretrained": str(tmp_path / "sam")}, siglip={"pretrained": str(tmp_path / "siglip")}, llm={}, segmentor={}
+    )
+    assert sides(recipe, ["sam", "siglip"]) == (64, 32) and sides(recipe, ["siglip"]) == (0, 32)
+    assert sides(ModelRecipe(sam=SAM, siglip={}, llm={}, segmentor=SEGMENTOR), ["segmentor"]) == (64, 0)

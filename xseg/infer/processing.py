@@ -17,6 +17,7 @@ from xseg.encode import Encoder
 from xseg.errors import UserError
 from xseg.geometry.masks import on_canvas
 from xseg.geometry.views import ViewSizes
+from xseg.models.build import sides
 from xseg.paths import find
 from xseg.tasks.refer_seg import LEAST
 from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
@@ -73,9 +74,7 @@ class XSegProcessor:
     @classmethod
     def from_recipe(cls, recipe: ModelRecipe, parts: Sequence[str]) -> "XSegProcessor":
         """Build what a stage with these parts needs. Raises UserError for a missing tokenizer or template."""
-        llm = int(recipe.siglip.get("image_size", 384)) if "siglip" in parts else 0
-        reads_mask_view = "segmentor" in parts or "sam" in parts
-        canvas = int(recipe.sam.get("image_size", 1024)) if reads_mask_view else 0
+        canvas, llm = sides(recipe, parts)
         encoder = _encoder_from_recipe(recipe) if "llm" in parts else None
         return cls(encoder, ViewSizes(canvas, llm, recipe.llm_view))
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError, did_you_mean
 from xseg.models import checkpoint
 from xseg.models.checkpoint import SHOWN, LoadReport
-from xseg.models.configuration import XSegConfig
+from xseg.models.configuration import SamConfig, XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
 from xseg.tokens import SpecialIds
@@ -21,6 +21,9 @@ FOLDER = "train_stages/models"
 PARTS = ("segmentor", "sam", "siglip", "llm")
 STORED = ("dtype", "torch_dtype", "quantization_config")
 """How a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
+EVERY_LLM = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "sliding_window", "attn_implementation")
+"""Keys that any language model's section may have, whether its kind stores them by that name or not."""
+KINDS: dict[str, type[PreTrainedConfig]] = {"sam": SamConfig, "siglip": SiglipVisionConfig}
 FILES = {"sam": (".pth",), "llm": (".gguf",)}
 """Single files that a part's ``pretrained`` may name."""
 
@@ -150,27 +153,57 @@ def gguf(path: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path}
 
 
+def sides(recipe: ModelRecipe, parts: Sequence[str]) -> tuple[int, int]:
+    """Pixels of a side of SAM's and SigLIP's pictures; 0 where ``parts`` have none. Errors as ``build_config``."""
+    encoders = (("sam", {"sam", "segmentor"}), ("siglip", {"siglip"}))
+    config = build_config(recipe, [name for name, part in encoders if part & set(parts)])
+    sam, siglip = config.sam_config, config.siglip_config
+    return sam.image_size if sam else 0, siglip.image_size if siglip else 0
+
+
 def _llm(given: dict[str, Any]) -> dict[str, Any]:
     sizes = _sizes(given, "llm")
-    kind = sizes.get("model_type", "phi3")
+    kind = sizes.setdefault("model_type", "phi3")
+    if kind in CONFIG_MAPPING:  # else XSegConfig names it
+        known = {*CONFIG_MAPPING[kind]().to_dict(), *EVERY_LLM}
+        for key in given.keys() - known - {"pretrained"}:
+            raise UserError(f"llm: unknown key '{key}' for model_type {kind}{did_you_mean(key, known)}")
     return {**XSegConfig(text_config={**sizes, "model_type": kind}).text_config.to_dict(), "model_type": kind}
 
 
 def _part(given: dict[str, Any], part: str) -> dict[str, Any]:
-    sizes = _sizes(given, part)
-    sizes = sizes.get("vision_config", sizes)
-    foreign = ("model_type", "initializer_range", *STORED) if part == "sam" else STORED
-    return {k: v for k, v in sizes.items() if k not in foreign}
+    foreign = ("model_type", "initializer_range") if part == "sam" else ()
+    return {k: v for k, v in _sizes(given, part).items() if k not in foreign}
 
 
 def _sizes(given: dict[str, Any], part: str) -> dict[str, Any]:
-    """The recipe's own sizes, or, where it names nothing but a folder, those in the folder."""
+    """What the folder of the pretrained weights says of them, under what the recipe itself says."""
     if not given:
         raise UserError(f"{part}: the stage builds it but the model recipe says nothing about it")
-    sizes = {k: v for k, v in given.items() if k != "pretrained"}
-    if sizes:
-        return sizes
-    path = location(given, part)
+    own = {k: v for k, v in given.items() if k != "pretrained"}
+    stored = _stored(given, part, needed=not own) if "pretrained" in given else {}
+    if "rope_theta" in own and stored.get("rope_parameters"):
+        stored["rope_parameters"] = {**stored["rope_parameters"], "rope_theta": own["rope_theta"]}
+    return {**stored, **own}
+
+
+def _stored(given: dict[str, Any], part: str, needed: bool) -> dict[str, Any]:
+    """The configuration beside pretrained weights, which says more than sizes: norms' epsilon, angles of places.
+
+    Nothing where it is not ``needed`` and the weights are not there yet: plans are made without them.
+    """
+    try:
+        path = location(given, part)
+    except UserError:
+        if needed:
+            raise
+        return {}
     if path.suffix == ".pth":
-        raise UserError(f"{part}.pretrained: {path} says no sizes: write them beside it in the model recipe")
-    return {k: v for k, v in AutoConfig.from_pretrained(**gguf(path)).to_dict().items() if k not in STORED}
+        if needed:
+            raise UserError(f"{part}.pretrained: {path} says no sizes: write them beside it in the model recipe")
+        return {}
+    config = AutoConfig.from_pretrained(**gguf(path))
+    fields = (config if part == "llm" else getattr(config, "vision_config", config)).to_dict()
+    # published folders have keys of older libraries
+    known = fields if part == "llm" else {*KINDS[part]().to_dict()}
+    return {k: v for k, v in fields.items() if k in known and k not in STORED}
