@@ -129,6 +129,8 @@ def test_a_model_that_never_saw_a_prompt_refuses_one() -> None:
 
 
 def test_only_pictures_and_paths_are_images() -> None:
+    with pytest.raises(UserError, match="8 bits a channel"):
+        predictor().segment(Image.fromarray(np.zeros((8, 8), np.uint16)), "the circle")
     with pytest.raises(UserError, match="image of type ndarray"):
         predictor().segment(np.zeros((8, 8, 3), np.uint8), "the circle")  # type: ignore[arg-type]
 

@@ -215,7 +215,7 @@ def opened(image: Image | str | Path) -> Image:
     Raises UserError when its file is missing or cannot be decoded, and for anything but a picture of Pillow or a path.
     """
     if isinstance(image, Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return read_image(ImageOps.exif_transpose(image), "image")
     if not isinstance(image, str | Path):
         raise UserError(f"image of type {type(image).__name__}: give a path, or a picture by PIL.Image.fromarray(…)")
     path = Path(image) if Path(image).is_file() else shipped(str(image))

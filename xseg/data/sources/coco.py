@@ -102,14 +102,14 @@ def read_categories(data: Any, where: str) -> Categories:
     """The category list of a COCO file in its own order, names cleaned; UserError for a name that is empty or twice."""
     rows = [(row, f"{where}: categories[{i}]") for i, row in enumerate(records(data, "categories", where))]
     return Categories(
-        names=_distinct([str(field(row, "name", place)).strip() for row, place in rows], where),
+        names=distinct_names([str(field(row, "name", place)).strip() for row, place in rows], where),
         ids=tuple(whole(row, "id", place) for row, place in rows),
         is_thing=tuple(flag(row, "isthing", place, True) for row, place in rows),
     )
 
 
-def _distinct(written: list[str], where: str) -> tuple[str, ...]:
-    """The names cleaned, or all of them as written where cleaning would make two of them one, or one empty.
+def distinct_names(written: list[str], where: str) -> tuple[str, ...]:
+    """Return the names cleaned, or all of them as written where cleaning would make two of them one, or one empty.
 
     A comma before synonyms and a panoptic suffix are customs of the public sets, in which no two names meet. A file
     where they do ("screw, M4" and "screw, M5") has other customs: there the difference is a class that its owner wants

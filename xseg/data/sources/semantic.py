@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xseg.data.sources.coco import clean_name
+from xseg.data.sources.coco import distinct_names
 from xseg.errors import UserError
 from xseg.paths import data_path
 from xseg.types import Categories, Instance, Masks, Sample, Size
@@ -44,8 +44,9 @@ class Source:
         self.images, self.labels = data_path(root, images), data_path(root, labels)
         listed = _read_names(data_path(root, names)) if isinstance(names, str) else [str(n) for n in names]
         count = len(listed)
+        told = names if isinstance(names, str) else f"{name}: names"
         self.categories: Categories | None = Categories(
-            tuple(clean_name(n) for n in listed), tuple(range(first, first + count)), (False,) * count
+            distinct_names(listed, told), tuple(range(first, first + count)), (False,) * count
         )
         paths = sorted(p for p in self.labels.rglob(f"*{label_suffix}") if p.is_file())
         if not paths:

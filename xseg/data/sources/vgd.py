@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xseg.data.records import Packed, field, read_records, records, whole
+from xseg.data.records import Packed, field, flag, read_records, records, whole
 from xseg.data.sources.coco import category_index, check_category, read_categories
 from xseg.errors import UserError
 from xseg.geometry.masks import area, rle_from_segmentation
@@ -82,7 +82,7 @@ def read_objects(
             category = index[row["category_id"]]
         if not area(rle):
             continue
-        crowd, key = bool(row.get("iscrowd", 0)), whole(row, "id", place, number)
+        crowd, key = flag(row, "iscrowd", place), whole(row, "id", place, number)
         instances.append(Instance(len(rles), category, crowd, key, prompts(row, size, place)))
         rles.append(rle)
     return Masks(size, tuple(rles)), tuple(instances)
