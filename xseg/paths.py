@@ -1,6 +1,11 @@
 """Where files lie: those that come with xseg, in a checkout or an installed wheel, and those that users name."""
 
+import errno
+import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from xseg.errors import UserError, did_you_mean
@@ -10,6 +15,8 @@ SHIPPED = (Path(__file__).parent.parent, Path(__file__).parent / "assets")
 EXAMPLES = "examples"
 DEFAULT_MODEL = "examples/tiny_model"
 """What is opened where no model is named."""
+LONGEST = 200
+"""Most bytes that a name given by data keeps: file systems allow 255, number and suffix included."""
 
 
 def shipped(name: str) -> Path | None:
@@ -57,3 +64,52 @@ def find(name: str, folder: str, suffix: str = ".yaml", beside: Path | None = No
 def data_path(root: str | os.PathLike[str], value: str) -> Path:
     """Resolve a recipe's path against the data root."""
     return Path(root).expanduser() / Path(value).expanduser()
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, with those above it, and return it. Raises UserError as ``check_folder``."""
+    check_folder(path)
+    with writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError where no folder can be made, or no file in it; nothing is left behind."""
+    with writing_to(path):
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "a name holds no zero byte")
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
+        # permissions do not tell: a disk may be read-only, and /proc takes no file from anybody
+        tempfile.TemporaryFile(dir=nearest).close()
+
+
+def partial_folder(out: Path) -> Path:
+    """A new folder beside ``out``, to be filled and renamed. Raises UserError as ``make_folder``."""
+    check_folder(out)
+    make_folder(out.parent)
+    with writing_to(out):
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Turn what the system has against a place that a user named into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        above = (p for p in (place, *place.parents) if os.path.lexists(p) and not os.path.isdir(p))
+        file = next(above, None)
+        why = f"{file} is no folder" if file else error.strerror or str(error)
+        raise UserError(
+            f"{place}: nothing can be written there ({why}); name a folder in which you may write"
+        ) from error
+
+
+def file_name(text: str) -> str:
+    """A name out of the data as a file may have it; of one that is too long, the beginning and a digest."""
+    name = text.replace("/", "-").replace("\0", "-")
+    given = name.encode("utf8", "surrogatepass")
+    if len(given) <= LONGEST:
+        return name
+    return f"{given[: LONGEST - 9].decode('utf8', 'ignore')}-{hashlib.sha256(given).hexdigest()[:8]}"

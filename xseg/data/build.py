@@ -20,6 +20,7 @@ from xseg.data.sources.coco import read_images
 from xseg.errors import UserError
 from xseg.geometry.masks import decode, encode, rle_from_segmentation, to_json
 from xseg.geometry.prompts import draw, widen
+from xseg.paths import make_folder
 
 Layout = Literal["vgd", "interactive"]
 Progress = Callable[[int, int], None]
@@ -41,7 +42,7 @@ def build(
         raise UserError(f"seed {seed}: a seed is 0 or more")
     pictures = Packed(_grouped(instances))
     job = _Job(layout, pictures, seed, str(instances))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     objects = 0
     try:

@@ -5,7 +5,6 @@ Images stay where they are; the JSONL names them relative to its folder.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from xseg.data.sources.semantic import SUFFIXES, read_label_map
 from xseg.errors import UserError, did_you_mean
 from xseg.geometry.masks import encode, rle_from_segmentation, union
 from xseg.geometry.views import read_size
+from xseg.paths import partial_folder
 from xseg.types import Categories, Instance, Masks, Phrase, Sample, Size
 
 Samples = Iterable[Sample]
@@ -41,8 +41,7 @@ def convert(layout: str, source: Path, out: Path, images: Path | None = None) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; nothing is overwritten: choose another folder or remove this one")
     reader, task = LAYOUTS[layout]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial = partial_folder(out)
     try:
         partial.chmod(0o755)
         names: dict[str, bool] = {}

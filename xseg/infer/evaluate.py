@@ -27,6 +27,7 @@ from xseg.infer.predictor import LEAST_SCORE, Predictor, device
 from xseg.infer.ranks import ALONE, Ranks
 from xseg.infer.summary import summary
 from xseg.metrics import Metric
+from xseg.paths import make_folder
 from xseg.tasks import load_task
 from xseg.types import Batch, Encoded, ModelOutput, Prediction, Sample, Score, ViewGeometry
 
@@ -237,7 +238,7 @@ def _samples_file(run: Evaluation, partial: Path) -> Iterator[TextIO]:
         with open(os.devnull, "w", encoding="utf8") as nothing:
             yield nothing
         return
-    run.out.mkdir(parents=True, exist_ok=True)
+    make_folder(run.out)
     try:
         with partial.open("w", encoding="utf8") as lines:
             yield lines

@@ -9,6 +9,7 @@ from xseg.config import DataRecipe, ModelRecipe, load_recipe
 from xseg.data.dataset import Preparation, load_dataset
 from xseg.geometry.views import read_image
 from xseg.infer.processing import XSegProcessor
+from xseg.paths import file_name, make_folder
 from xseg.types import Formatted, Query, Segment
 from xseg.ui.draw import overlay
 from xseg.ui.gallery import truth
@@ -22,7 +23,7 @@ def show(recipe: str, n: int, root: Path, out: Path, model: str, epoch: int, con
     processor = XSegProcessor.from_recipe(load_recipe(ModelRecipe, model), PARTS)
     dataset = load_dataset(found, root=root, preparation=Preparation(processor.encoder, processor.sizes))
     console.print(f"{recipe}: {len(dataset)} samples, split {found.split}, task {found.task.name}", markup=False)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for index in range(min(n, len(dataset))):
         sample, formatted, encoded = dataset.sample(index), dataset.format(index, epoch), dataset.get(index, epoch)
         console.rule(Text(sample.key), align="left")
@@ -33,7 +34,7 @@ def show(recipe: str, n: int, root: Path, out: Path, model: str, epoch: int, con
         for place, query in enumerate(formatted.queries):
             console.print(Text(_described(place, query), style="dim"))
         if sample.images:
-            path = out / f"{sample.key.replace('/', '-')}.png"
+            path = out / f"{file_name(sample.key)}.png"
             drawn = [*truth(sample, _rows(formatted)), *_prompts(formatted)]
             overlay(read_image(sample.images[0], sample.key), drawn).save(path)
             console.print(Text(str(path), style="dim"), soft_wrap=True)

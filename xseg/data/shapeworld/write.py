@@ -18,7 +18,6 @@ A folder appears whole or not at all.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +32,7 @@ from xseg.data.shapeworld.questions import Question, places, questions
 from xseg.data.shapeworld.world import GROUNDS, SPLITS, Policy, Scene, Variant, shapes_of, split_scene
 from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json, write_id_map
+from xseg.paths import partial_folder
 from xseg.tokens import IMAGE
 
 FORMAT = 5
@@ -98,8 +98,7 @@ def whole_folder(out: Path, marker: dict[str, Any], fill: Callable[[Path], None]
     """
     if _is_there(out, marker):
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial = partial_folder(out)
     try:
         partial.chmod(0o755)
         fill(partial)
