@@ -107,3 +107,27 @@ def test_saved_conversation_reads_back(session: Session, tmp_path: Path) -> None
     mask = rle.decode(rle.from_json(found["turns"][0]["segments"][0]["mask"]))
     assert mask.sum() == 400
     assert [p.name for p in tmp_path.iterdir()] == ["conversation.json"]
+
+
+def test_a_conversation_is_never_saved_over_another(session: Session, tmp_path: Path) -> None:
+    session.ask("the circle")
+    first = session.save(tmp_path / "c1")
+    kept = first.read_text()
+    session.set_image(Image.new("RGB", (40, 20)))
+    session.ask("the square")
+    session.undo()
+    second = session.save(tmp_path / "c1")
+    assert (first.name, second.name) == ("conversation.json", "conversation-02.json") and first.read_text() == kept
+    session.ask("the star")
+    assert session.save(tmp_path / "c1") == second, "its own file, which grows with it"
+    assert json.loads(second.read_text())["turns"][0]["question"] == "the star"
+    assert session.save(tmp_path / "c2").name == "conversation.json"
+    session.set_image(Image.new("RGB", (40, 20)))
+    assert session.save(tmp_path / "c1").name == "conversation-03.json"
+    assert first.read_text() == kept and len(list((tmp_path / "c1").iterdir())) == 3
+
+
+def test_bytes_that_are_no_text_are_refused(session: Session) -> None:
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        session.ask("the \udcff box")
+    assert session.answers == []

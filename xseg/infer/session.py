@@ -1,5 +1,6 @@
 """A conversation about one image. The image goes through the encoders once, however many turns follow."""
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer import request
 from xseg.infer.predictor import Predictor, choose, device, empty, opened
+from xseg.paths import make_folder, writing_to
 from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, SEG, SENTINELS
 from xseg.types import Encoded, Formatted, ImageViews, Query, Segment, Turn
 
@@ -56,6 +58,8 @@ class Session:
         """File name of the image, for saved files."""
         self.answers: list[Answer] = []
         self._turns: list[Turn] = []
+        self._saved: dict[Path, str] = {}
+        """Where this conversation lies: folder -> name of its file there."""
         self._views: ImageViews | None = None
         self._features: Any = None
 
@@ -69,7 +73,7 @@ class Session:
         model = self.predictor.model
         batch = batch.to(device(model))
         self._features = model.encode_images(batch.llm_pixels, batch.mask_pixels)
-        self.answers, self._turns = [], []
+        self.answers, self._turns, self._saved = [], [], {}
 
     @torch.inference_mode()
     def ask(self, text: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
@@ -79,7 +83,7 @@ class Session:
         """
         if self._views is None or self.image is None:
             raise UserError("no image yet: set one first (in the chat: /image FILE)")
-        asked = request.read(text)
+        asked = request.read(_legible(text))
         question = Turn("user", asked.text if self._turns else f"{IMAGE}\n{asked.text}")
         turns = (*self._turns, question)
         processor, model = self.predictor.processor, self.predictor.model
@@ -110,14 +114,23 @@ class Session:
         return True
 
     def save(self, folder: str | Path) -> Path:
-        """Write the conversation with its masks as ``conversation.json`` into ``folder`` and return the file."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the conversation with its masks into ``folder`` and return the file.
+
+        That is ``conversation.json``, or ``conversation-02.json``, … where others lie; saved again, a conversation
+        takes the place of its own file. UserError where nothing can be written.
+        """
+        folder = make_folder(Path(folder))
+        numbers = (f"conversation-{n:02d}.json" for n in itertools.count(2))
+        names = itertools.chain(["conversation.json"], numbers)
+        own = self._saved.get(folder.resolve())
+        path = folder / (own or next(name for name in names if not os.path.lexists(folder / name)))
         record: Mapping[str, Any] = {"image": self.name, "turns": [a.as_json() for a in self.answers]}
-        partial = folder / "conversation.json.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
-        os.replace(partial, folder / "conversation.json")
-        return folder / "conversation.json"
+        partial = path.with_name(f"{path.name}.partial")
+        with writing_to(folder):
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+            os.replace(partial, path)
+        self._saved[folder.resolve()] = path.name
+        return path
 
     def _queries(self, asked: request.Request) -> tuple[Query, ...]:
         if not asked.phrases:
@@ -134,6 +147,13 @@ class Session:
             mask = rle.union([s.mask for s in own]) if own else empty(self._views.geometry.original)
             out.append(Segment(mask, place, max((s.score for s in own), default=0.0), label))
         return tuple(out)
+
+
+def _legible(text: str) -> str:
+    """Bytes of a terminal that are no UTF-8 arrive as halves of characters, which no tokenizer takes."""
+    if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"the message is no UTF-8 text: {text[:80]!a}; set the terminal to UTF-8 and type it again")
+    return text
 
 
 def _harmless(said: str) -> str:

@@ -1,8 +1,10 @@
 """``xseg chat``: talk about one image in the terminal; masks come out as files and as coverage per phrase."""
 
+import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from xseg.errors import UserError, did_you_mean
 from xseg.infer import request
 from xseg.infer.predictor import opened
 from xseg.infer.session import Answer, Session
+from xseg.paths import check_folder, file_name, make_folder, writing_to
 from xseg.ui.draw import overlay
 from xseg.ui.loading import open_model
 
@@ -26,7 +29,8 @@ COMMANDS = {
 
 
 def chat(model: Path, image: Path | None, say: list[str], out: Path, console: Console) -> None:
-    """Hold a conversation: scripted by ``say``, or typed. Raises UserError for a bad model, image or script."""
+    """Hold a conversation: scripted by ``say``, or typed. UserError for a bad model, image, script or ``out``."""
+    check_folder(out)
     if image is not None:
         opened(image)  # a bad file is told before the model is loaded
     terminal = Chat(Session(open_model(model, console)), out, console)
@@ -40,13 +44,20 @@ def chat(model: Path, image: Path | None, say: list[str], out: Path, console: Co
 
 
 def typed(console: Console) -> Iterator[str]:
-    """Lines from the keyboard until the end of input."""
+    """Lines from the keyboard until the end of input; of what is no UTF-8 the session says so."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             yield console.input("[bold cyan]you[/] ")
         except EOFError:
             console.print()
             return
+
+
+def printable(text: str) -> str:
+    """What a model writes and what names of files hold may be anything, terminal control codes included."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class Chat:
@@ -67,7 +78,7 @@ class Chat:
             except UserError as error:
                 if not forgiving:
                     raise
-                self.console.print(Text(str(error), style="red"))
+                self.console.print(Text(printable(str(error)), style="red"))
 
     def take(self, line: str) -> bool:
         """Do what one line says; False = leave."""
@@ -83,7 +94,7 @@ class Chat:
             self.console.print("forgotten" if self.session.undo() else "there is nothing to undo", style="dim")
         elif command == "/save":
             path = self.session.save(Path(argument.strip()) if argument.strip() else self.out)
-            self.console.print(Text(f"saved {path}", style="dim"))
+            self.console.print(Text(printable(f"saved {path}"), style="dim"))
         elif command == "/help":
             lines = [request.HELP, "", *(f"{name:7}{what}" for name, what in COMMANDS.items())]
             self.console.print(Text("\n".join(lines)))
@@ -94,13 +105,11 @@ class Chat:
         self.session.set_image(image)
         assert self.session.image is not None
         width, height = self.session.image.size
-        self.console.print(Text(f"{image}: {width} x {height} pixels", style="dim"))
+        self.console.print(Text(printable(f"{image}: {width} x {height} pixels"), style="dim"))
 
     def _show(self, answer: Answer, line: str) -> None:
         self.console.print(Text.assemble(("you  ", "bold cyan"), line) if not self.console.is_interactive else "")
-        # a model may write anything, terminal control codes included
-        said = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in answer.text)
-        self.console.print(Text.assemble(("xseg ", "bold green"), said or "(nothing)"))
+        self.console.print(Text.assemble(("xseg ", "bold green"), printable(answer.text) or "(nothing)"))
         if request.read(line).phrases and not answer.segments:
             self.console.print(Text("     the answer holds no single <SEG>, so there is no mask", style="yellow"))
         for segment, coverage in zip(answer.segments, answer.coverage, strict=True):
@@ -108,18 +117,20 @@ class Chat:
             self.console.print(Text.assemble("     ", (segment.label, "bold"), f": {where}"))
         if answer.segments:
             for path in self.write(answer):
-                self.console.print(Text(f"     {path}", style="dim"), soft_wrap=True)
+                self.console.print(Text(printable(f"     {path}"), style="dim"), soft_wrap=True)
 
     def write(self, answer: Answer) -> tuple[Path, Path]:
         """Write the picture with its masks and the RLEs of one answer; each file appears complete or not at all."""
         assert self.session.image is not None
-        self.out.mkdir(parents=True, exist_ok=True)
-        numbers = (f"{self.session.name}-{n:02d}" for n in itertools.count(1))
-        stem = next(stem for stem in numbers if not (self.out / f"{stem}.png").exists())
+        make_folder(self.out)
+        numbers = (f"{file_name(self.session.name)}-{n:02d}" for n in itertools.count(1))
+        taken = {path.name for path in self.out.iterdir()}
+        stem = next(stem for stem in numbers if not {f"{stem}.png", f"{stem}.json"} & taken)
         picture, masks = self.out / f"{stem}.png", self.out / f"{stem}.json"
         partial = self.out / f"{stem}.partial"
-        overlay(self.session.image, answer.segments).save(partial, format="PNG")
-        os.replace(partial, picture)
-        partial.write_text(json.dumps(answer.as_json(), indent=1) + "\n", encoding="utf8")
-        os.replace(partial, masks)
+        with writing_to(self.out):
+            overlay(self.session.image, answer.segments).save(partial, format="PNG")
+            os.replace(partial, picture)
+            partial.write_text(json.dumps(answer.as_json(), indent=1) + "\n", encoding="utf8")
+            os.replace(partial, masks)
         return picture, masks
