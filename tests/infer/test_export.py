@@ -194,7 +194,7 @@ def test_a_folder_above_its_limit_is_not_written_and_other_files_stay(run: Path,
     with pytest.raises(UserError, match=r"--limit-mb 0\.01.*would have"):
         export(Export(run, out, limit_mb=0.01))
     assert not out.exists()
-    out.mkdir()
+    export(Export(run, out, limit_mb=1))
     (out / card.EXAMPLE).write_bytes(b"x" * 2_000_000)
     with pytest.raises(UserError, match="limit-mb"):
         export(Export(run, out, limit_mb=1))

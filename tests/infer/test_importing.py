@@ -347,6 +347,15 @@ def test_the_command_reports_by_part_and_ends_with_2_for_a_bad_source(
         assert ("segmentor.pixel_decoder" in said.out) == (not status) and ("no such file" in said.err) == bool(status)
 
 
+def test_an_import_replaces_nothing(recipe: str, tmp_path: Path) -> None:
+    source, out = as_bin(official(made(recipe)), tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    with pytest.raises(UserError, match="is there already; nothing is overwritten"):
+        import_xsam(Import(source, out, recipe))
+    assert [p.read_text() for p in out.iterdir()] == ["mine"]
+
+
 def test_groups_hold_every_name_once_and_keep_to_the_limit() -> None:
     sizes = {"a": 4, "b": 5, "c": 20, "d": 1, "e": 9, "f": 1}
     assert shards.grouped(sizes, 10) == [["a", "b"], ["c"], ["d", "e"], ["f"]]

@@ -12,7 +12,7 @@ from transformers import SamConfig, SamModel, SiglipConfig, SiglipModel
 
 from xseg.config import ModelRecipe, load_recipe
 from xseg.errors import UserError
-from xseg.models import checkpoint, key_maps
+from xseg.models import adapters, checkpoint, key_maps
 from xseg.models.build import build_config, build_model
 
 torch.set_num_threads(1)
@@ -39,6 +39,64 @@ def test_saving_again_keeps_other_files_and_drops_old_weights(tmp_path: Path) ->
     assert (tmp_path / "final/notes.txt").read_text() == "mine"
     assert not (tmp_path / "final/model-00001-of-00002.safetensors").exists()
     checkpoint.load(tmp_path / "final")
+
+
+def test_what_is_kept_is_kept_as_it_is_and_an_old_adapter_is_not(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    checkpoint.save(model(), final)
+    mine = ("my_other.safetensors", "sub/config.json", "sub/model.safetensors")
+    (final / "sub").mkdir()
+    for name in mine:
+        (final / name).write_text("mine")
+    (final / "link").symlink_to("nowhere")
+    for name in (adapters.FILE, adapters.WEIGHTS, "model.safetensors.index.json"):
+        (final / name).write_text("old")
+    with checkpoint.replacing(final, checkpoint.MODEL) as partial:
+        model().save_pretrained(partial)
+    assert {(final / name).read_text() for name in mine} == {"mine"} and (final / "link").is_symlink()
+    left = {p.name for p in final.iterdir()}
+    assert left == {"config.json", "model.safetensors", "my_other.safetensors", "sub", "link"}
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_of_anything_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "home.partial").mkdir()
+    monkeypatch.chdir(home)
+    for place, why in ((home, "working directory"), (Path("."), "working directory"), (tmp_path, "working directory")):
+        with pytest.raises(UserError, match=why):
+            checkpoint.save(model(), place)
+    monkeypatch.chdir(tmp_path)
+    for place, why in ((home, "nothing is overwritten"), (home / "config.json/x", "no folder"), (Path("/proc/x"), "")):
+        with pytest.raises(UserError, match=f"{place}.*{why}"):
+            checkpoint.save(model(), place)
+    for place in (Path("home/config.json"), Path("/dev/null")):
+        with pytest.raises(UserError, match="no folder"):
+            checkpoint.check_place(place)
+    assert (home / "config.json").read_text() == '{"model_type": "llava"}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "home.partial"]
+    (home / "config.json").unlink()
+    checkpoint.save(model(), Path("home/../home"))
+    checkpoint.load(home)
+
+
+def test_a_move_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(model(), tmp_path / "final")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "final").iterdir()}
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(UserError, match="resource busy; nothing was written"):
+        checkpoint.save(model(), tmp_path / "final")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "final").iterdir()} == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

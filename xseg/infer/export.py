@@ -34,6 +34,8 @@ WHOLE, HALF = 1e-5, 2e-2
 """How far logits may be off, as part of the largest: the worst one of a float32 copy, the mean of a half-precision
 one. (The worst says little there: where a mask's border falls on the other side, so does what the next layer reads.)"""
 PADDING = 1e5
+EXPORT: checkpoint.Mark = (card.FILE, "Written by `xseg export`")
+"""Of a folder that an earlier export left: only that is replaced, never what training wrote."""
 BATCH = 8
 MEGABYTE = 1_000_000
 
@@ -56,14 +58,16 @@ def export(asked: Export) -> card.Agreement:
     Adapters are merged in the copy; in the source they stand beside the weights, so that merging is checked as well.
 
     Both are run on the CPU in float32, so that nothing but the rounding differs. Raises UserError, and leaves ``out``
-    as it was, for a source that is no model, an unknown dtype, answers that differ, and a folder above its limit.
+    as it was, for a source that is no model, an unknown dtype, an ``out`` that holds anything but an earlier export,
+    answers that differ, and a folder above its limit.
     """
     check_dtype(asked.dtype)
     source = final_folder(asked.source)
     if source.resolve() == asked.out.resolve():
         raise UserError(f"--out {asked.out}: is the source itself, and would be overwritten; give another folder")
+    checkpoint.check_place(asked.out, EXPORT)
     predictor, processor = load(source, "cpu", merged=False)
-    with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out) as partial:
+    with tempfile.TemporaryDirectory() as data, checkpoint.replacing(asked.out, EXPORT) as partial:
         write(Path(data) / "shapes/val", PICTURES, SEED, size=SIDE, split="val")
         wanted, logits = answers(predictor, Path(data))
         adapters.merge(predictor.model)
@@ -77,7 +81,7 @@ def export(asked: Export) -> card.Agreement:
         check_logits(logits, other, asked)
         count = sum(p.numel() for p in predictor.model.parameters())
         example = (asked.out / card.EXAMPLE).is_file()
-        made = card.Copy(asked.out.name, asked.dtype, count, processor.sizes, agreement, example)
+        made = card.Copy(asked.out.resolve().name, asked.dtype, count, processor.sizes, agreement, example)
         (partial / card.FILE).write_text(card.write(source, made), encoding="utf8")
         (partial / "model.safetensors").chmod(0o644)
         check_size(partial, asked)
@@ -190,9 +194,8 @@ def check(agreement: card.Agreement, asked: Export) -> None:
 
 def check_size(partial: Path, asked: Export) -> None:
     """Raise UserError when what is written, with what stays of an earlier ``out``, is above the limit."""
-    new = {p.name: p.stat().st_size for p in partial.iterdir()}
-    old = {p.name: p.stat().st_size for p in asked.out.glob("*") if p.is_file() and p.suffix != ".safetensors"}
-    size = sum((old | new).values()) / MEGABYTE
+    files = [p for p in (*partial.iterdir(), *checkpoint.staying(asked.out, partial)) if p.is_file()]
+    size = sum(p.stat().st_size for p in files) / MEGABYTE
     if asked.limit_mb is not None and size > asked.limit_mb:
         raise UserError(
             f"--limit-mb {asked.limit_mb:g}: {asked.out} would have {size:.1f} MB; use --dtype bf16, a smaller model "

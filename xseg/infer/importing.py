@@ -38,10 +38,11 @@ class Import:
 def import_xsam(asked: Import) -> LoadReport:
     """Write ``asked.out``: safetensors in the checkpoint's own dtype, config, processor and the report.
 
-    The source is never held in memory as a whole. Raises UserError, and leaves ``out`` as it was, for sources that
-    are damaged, incomplete, of another architecture or vocabulary, or that hold code.
+    The source is never held in memory as a whole. Raises UserError, and leaves ``out`` as it was, where that holds
+    anything, and for sources that are damaged, incomplete, of another architecture or vocabulary, or that hold code.
     """
     found = released.inspect(asked.source)
+    checkpoint.check_place(asked.out)
     parts = found.parts
     recipe = _recipe(asked, found)
     processor = XSegProcessor.from_recipe(recipe, parts)

@@ -16,10 +16,12 @@ def export_language(asked: Export) -> float:
     """Write ``asked.out``: weights, tokenizer and chat template of the language part; return how far logits differ.
 
     The folder is opened again with AutoModelForCausalLM and held against its source on fixed ids, both in float32.
-    Raises UserError, and leaves ``out`` as it was, for a model without a language part and for logits that differ.
+    Raises UserError, and leaves ``out`` as it was, for an ``out`` that holds anything, for a model without a language
+    part, and for logits that differ.
     """
     check_dtype(asked.dtype)
     source = final_folder(asked.source)
+    checkpoint.check_place(asked.out)
     predictor, processor = load(source, "cpu")
     if processor.encoder is None:
         raise UserError(f"{source}: has no language part (a stage-1 model): name the `final` folder of a later stage")

@@ -1,6 +1,7 @@
 """Save, load and overlay weights; every file is read against a strict report."""
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from xseg.errors import UserError
 from xseg.models import key_maps, positions, shards
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
+from xseg.paths import check_folder, writing_to
 
 SHOWN = 8
 LOADING_FAULTS = {
@@ -24,6 +26,12 @@ LOADING_FAULTS = {
     "missing_keys": "incomplete: tensors are missing for",
 }
 """What transformers found when it opened a folder -> how it is said; the first that is there counts."""
+Mark = tuple[str, str]
+"""(file, what its text holds): by this a folder is known as one that may be replaced."""
+MODEL: Mark = ("config.json", f'"model_type": "{XSegConfig.model_type}"')
+"""Of every folder with an xseg model, an adapter's too."""
+WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?|adapter)\.safetensors(\.index\.json)?|adapter\.json")
+"""Names of weights that xseg writes: an earlier model's must not stay beside those of a new one."""
 HEADS = ("segmentor.class_head.", "segmentor.pixel_classifier.")
 
 
@@ -55,39 +63,77 @@ class LoadReport:
 
 
 def save(model: XSegModel, folder: str | Path) -> None:
-    """Write config and safetensors; the folder appears whole or not at all."""
-    with replacing(Path(folder)) as partial:
+    """Write config and safetensors; the folder appears whole or not at all. UserError as ``replacing``."""
+    with replacing(Path(folder), MODEL) as partial:
         model.save_pretrained(partial)
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, mark: Mark | None = None) -> Iterator[Path]:
     """Give a temporary folder that takes the place of ``folder`` at the end; after an error nothing has changed.
 
-    Files of ``folder`` that are not written anew are kept, old weights are not. Raises UserError when the disk is full.
+    Files of ``folder`` that are not written anew are kept, the weights of its model are not. Raises UserError as
+    ``check_place``, and when the disk is full.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    check_place(folder, mark)
+    whole = folder.resolve()
+    partial, older = (whole.with_name(f".{whole.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
-        if folder.exists():
-            shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=_written_by(partial))
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        _swap(partial, whole, older)
     except OSError as error:
         raise UserError(f"{folder}: cannot save the model: {error}; nothing was written there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _written_by(partial: Path) -> Callable[[str, list[str]], set[str]]:
-    new = {p.name for p in partial.iterdir()}
+def check_place(folder: Path, mark: Mark | None = None) -> None:
+    """Raise UserError where no model may be written, before the work for it begins.
 
-    def skip(folder: str, names: list[str]) -> set[str]:
-        old_weights = {n for n in names if n.endswith(".safetensors") or n.endswith(".safetensors.index.json")}
-        return (new & set(names)) | old_weights
+    A folder that holds anything is replaced only where it bears ``mark``; None: never.
+    """
+    whole = folder.resolve()
+    if whole in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{folder}: the working directory lies there and would be replaced; name another folder")
+    with writing_to(folder):
+        filled = whole.is_dir() and any(whole.iterdir())
+        if filled and not (mark and _bears(whole, *mark)):
+            rule = f" without a {mark[0]} that holds {mark[1]!r}" if mark else ""
+            raise UserError(
+                f"{folder}: is there already{rule}; nothing is overwritten: choose another folder or remove this one"
+            )
+        check_folder(whole.parent if whole.is_dir() else folder)
 
-    return skip
+
+def _bears(folder: Path, name: str, text: str) -> bool:
+    return (folder / name).is_file() and text in (folder / name).read_text(encoding="utf8", errors="replace")
+
+
+def staying(folder: Path, partial: Path) -> list[Path]:
+    """What of ``folder`` is kept when ``partial`` takes its place: all but weights and what is written anew."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if not WEIGHTS.fullmatch(path.name) and not (partial / path.name).exists()]
+
+
+def _swap(partial: Path, folder: Path, older: Path) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for path in staying(folder, partial):
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, partial / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, partial / path.name, follow_symlinks=False)
+    shutil.copystat(folder, partial)
+    shutil.rmtree(older, ignore_errors=True)
+    folder.rename(older)
+    try:
+        partial.rename(folder)
+    except OSError:
+        older.rename(folder)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> XSegModel:
