@@ -6,7 +6,7 @@ are shipped with xseg. Nothing in a recipe is evaluated or interpolated.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -82,12 +82,18 @@ class Mixture(Recipe):
     steps of several micro-batches alone. 0 = as they were shuffled (X-SAM's stages 2 and 3)."""
 
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Part = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class LrGroup(Recipe):
     """Parameters whose name matches ``match`` (regex, first group wins); the rest is frozen."""
 
     match: str
-    lr: float
-    weight_decay: float = 0.05
+    lr: Weight
+    weight_decay: Weight = 0.05
     decay_vectors: bool = True
     """False: biases, norms and other vectors of this group get no weight decay."""
 
@@ -96,26 +102,26 @@ class Schedule(Recipe):
     """Learning rate over the run, as a factor on every group's ``lr``."""
 
     kind: Literal["cosine", "step", "constant"] = "cosine"
-    warmup: float = 0.03
+    warmup: Part = 0.03
     """Part of all steps in which the factor rises linearly from 1e-5."""
-    milestones: list[float] = []
+    milestones: list[Part] = []
     """"step": parts of the run after which the factor is multiplied by ``gamma``."""
-    gamma: float = 0.1
-    floor: float = 0.0
+    gamma: Weight = 0.1
+    floor: Part = 0.0
     """"cosine": final factor."""
 
 
 class LossWeights(Recipe):
     """Weights and sampling of the criterion (X-SAM section 3.3; Mask2Former)."""
 
-    lm: float = 1.0
-    class_: float = Field(default=2.0, alias="class")
-    match_class: float | None = None
+    lm: Weight = 1.0
+    class_: Weight = Field(default=2.0, alias="class")
+    match_class: Weight | None = None
     """Weight of the class in the matching alone; None = ``class``, as in X-SAM. Far above the masks' weights, the
     object query that is surest of a phrase learns its mask, whatever mask it has so far."""
-    mask: float = 5.0
-    dice: float = 5.0
-    background: float = 0.1
+    mask: Weight = 5.0
+    dice: Weight = 5.0
+    background: Weight = 0.1
     """Class weight of the background column in the cross-entropy."""
     points: Literal["sampled", "grid", "canvas"] = "sampled"
     """Where masks are compared: "sampled" = ``num_points`` points per mask (PointRend); "grid" = every pixel of the
@@ -127,9 +133,9 @@ class LossWeights(Recipe):
     """"sampled": candidate points drawn per point used."""
     importance: float = Field(default=0.75, ge=0, le=1)
     """"sampled": part of the points taken from the least certain candidates; the rest is uniform."""
-    pixel_class: float = 0.0
+    pixel_class: Weight = 0.0
     """Weight of the dense class loss on mask features (not in X-SAM; needs ``segmentor.pixel_classifier``)."""
-    pixel_thing: float = 1.0
+    pixel_thing: Weight = 1.0
     """Factor on thing pixels in the dense class loss."""
 
 
@@ -171,30 +177,31 @@ class StageRecipe(Recipe):
     mixture: str | Mixture
     data_root: str = "data"
     out: str
-    trainable: list[LrGroup]
+    trainable: list[LrGroup] = Field(min_length=1)
     adapters: dict[Literal["llm", "siglip", "sam"], Adapter] | None = None  # there LoRA and rows of new words learn
     track: list[Literal["tensorboard", "wandb", "trackio"]] = []  # beside metrics.jsonl; each an extra
     steps: int | None = None
     """Optimiser steps; None = ``epochs`` over the resampled mixture."""
-    epochs: float = 1.0
+    epochs: float = Field(default=1.0, allow_inf_nan=False)
     batch_size: int = 4
     """Samples per rank and micro-batch."""
     accumulate: int = 1
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Longest gradient of a step; longer ones are scaled down to it. None are with a large number (1e9)."""
     schedule: Schedule = Schedule()
     loss: LossWeights = LossWeights()
-    jitter: tuple[float, float] | None = None
+    jitter: tuple[Factor, Factor] | None = None
     """Large-scale jitter: factor range on the canvas side, then a centre crop (stage 1: 0.1 to 2.0)."""
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto": bf16 where the processor has instructions for it. The loss is always computed in fp32."""
-    num_workers: int = 4
-    seed: int = 1024
+    num_workers: int = Field(default=4, ge=0)
+    seed: int = Field(default=1024, ge=0)
     log_every: int = 1
     save_every: int = 2000
     keep_checkpoints: int = 2
-    skip_nonfinite: int = 0
+    skip_nonfinite: int = Field(default=0, ge=0)
     """Steps of a run whose loss or gradient may be no finite number: they change no weight, and their samples are told.
     One more ends the run. 0 = the first one does."""
     stall: float = Field(default=50.0, gt=0)

@@ -318,6 +318,17 @@ def test_a_misspelt_key_of_the_language_model_is_named() -> None:
         build_config(ModelRecipe(sam={}, siglip={}, segmentor={}, llm={**LLM, "num_hiden_layers": 1}), ["llm"])
 
 
+def test_a_size_of_the_wrong_kind_is_one_message() -> None:
+    for part, given, said in (
+        ("llm", {**LLM, "hidden_size": "big"}, "llm: .*hidden_size"),
+        ("sam", {**SAM, "hidden_size": "big"}, "sam_config: .*hidden_size"),
+        ("segmentor", {**SEGMENTOR, "width": 30, "heads": 8}, "width = 30 must be a multiple of heads = 8"),
+    ):
+        parts = {"sam": SAM, "siglip": SIGLIP, "llm": LLM, "segmentor": SEGMENTOR, part: given}
+        with pytest.raises(UserError, match=said):
+            build_config(ModelRecipe(**parts), ["segmentor", "siglip", "llm"])
+
+
 def test_pictures_have_the_sides_that_the_folders_say(tmp_path: Path) -> None:
     SamVisionModel(SamVisionConfig(**SAM)).save_pretrained(tmp_path / "sam")
     SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).save_pretrained(tmp_path / "siglip")

@@ -73,6 +73,18 @@ def test_stage_3_keeps_the_sam_that_stage_1_trained() -> None:
     assert load_recipe(StageRecipe, S3).init_from == ["runs/s2/final", "runs/s1/final"], "the last one stays"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "clip=0", "num_workers=-1", "seed=-1", "betas=[0.9, 1.5]", "jitter=[0, 1]", "jitter=[2, 0.1]", "trainable=[]",
+        "epochs=.nan", "trainable=[{match: .*, lr: -1}]", "schedule.warmup=2", "loss.mask=-1", "skip_nonfinite=-1",
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_named(setting: str) -> None:
+    with pytest.raises(UserError, match=setting.split("=")[0].split(".")[-1]):
+        stages.read_stage(S1, [setting])
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path: Path) -> None:
     stage = stages.read_stage(S1, [f"out={tmp_path}"])
     stages.check_fresh(stage, resume=False)

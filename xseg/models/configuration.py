@@ -1,7 +1,9 @@
 """Sizes and choices of a model, in transformers' form: one XSegConfig with a sub-config for each part that is built."""
 
+from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SamVisionConfig, SiglipVisionConfig
 
 from xseg.errors import UserError, did_you_mean
@@ -65,6 +67,8 @@ class SegmentorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.connector_scales = self.connector_scales or [2.0, 1.0, 0.5]
+        if self.width % self.heads:
+            raise UserError(f"segmentor: width = {self.width} must be a multiple of heads = {self.heads}")
         # The base class derives ``num_labels`` from a label table; here it is a plain number.
         kwargs["num_labels"] = self.num_labels
         super().__post_init__(**kwargs)
@@ -124,7 +128,8 @@ class XSegConfig(PreTrainedConfig):
             kind = self.text_config.get("model_type", "phi3")
             if kind not in CONFIG_MAPPING:
                 raise UserError(f"llm.model_type = {kind!r}: transformers has none{did_you_mean(kind, CONFIG_MAPPING)}")
-            self.text_config = AutoConfig.for_model(**{"model_type": kind, **self.text_config})
+            given = {"model_type": kind, **self.text_config}
+            self.text_config = _made("llm", lambda: AutoConfig.for_model(**given))
         super().__post_init__(**kwargs)
         self._check_rows()
 
@@ -166,4 +171,12 @@ def _sub(kind: type[PreTrainedConfig], value: dict | PreTrainedConfig | None) ->
         # Private and library-wide keys come with every saved config.
         if key not in known and not key.startswith("_"):
             raise UserError(f"{kind.base_config_key}: unknown key '{key}'{did_you_mean(key, known)}")
-    return kind(**value)
+    return _made(kind.base_config_key, lambda: kind(**value))
+
+
+def _made(part: str, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+    """A configuration whose values transformers accepts; what it says of a wrong one is one message."""
+    try:
+        return make()
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{part}: {' '.join(str(error).split())}; correct it in the model recipe") from error

@@ -71,6 +71,8 @@ def _check(recipe: StageRecipe, where: str) -> None:
     for key in ("batch_size", "accumulate", "log_every", "save_every", "keep_checkpoints"):
         if getattr(recipe, key) < 1:
             raise UserError(f"{where}: {key} = {getattr(recipe, key)}: must be at least 1")
+    if recipe.jitter and recipe.jitter[0] > recipe.jitter[1]:
+        raise UserError(f"{where}: jitter = {list(recipe.jitter)}: write the smaller factor first")
     if (recipe.steps is None and recipe.epochs <= 0) or (recipe.steps is not None and recipe.steps < 1):
         raise UserError(f"{where}: steps = {recipe.steps}, epochs = {recipe.epochs}: the run needs at least one step")
 
