@@ -2,25 +2,26 @@
 
 Training stops at the first fault it meets; lint goes on. Formats whose reader checks a whole file at the start (COCO,
 REFER, LLaVA) are first gone through record by record (``lint_records``); then every sample of a recipe that opens is
-read, with its pictures.
+read, with its pictures, and given to its task as training would (``lint_text``).
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from xseg.config import DataRecipe
-from xseg.data import checksums, lint_records
+from xseg.data import checksums, lint_records, lint_text
 from xseg.data.lint_records import Fault, outside
 from xseg.data.parallel import ordered
 from xseg.data.sources import Source, load_source, reason
 from xseg.errors import UserError
 from xseg.geometry.masks import area, decode, row_rle
 from xseg.geometry.views import read_image
-from xseg.tokens import P_CLOSE, P_OPEN
+from xseg.tasks import load_task
 from xseg.types import Sample, Size
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})")
@@ -81,13 +82,17 @@ def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report
         report.faults += [fault for faults in ordered(listed, len(listed.rows), workers) for fault in faults]
         return report
     report.samples = len(source)
+    if not report.samples:
+        report.faults.append(Fault("no sample", f"{name}: not one sample in its files; check the recipe's options"))
+    report.faults += list(lint_text.names(source.categories, name))
     if recipe.count is not None and recipe.count != report.samples:
         report.faults.append(Fault("count", f"{name}: {report.samples} samples, the recipe states {recipe.count}"))
     # what the record check says about a file, its samples would say again in other words
     checked = recipe.source in lint_records.CHECKS and "panoptic_json" not in recipe.options
     once = {"record", "mask empty", "text empty"} if checked else set()
     known, keys = {fault.text for fault in report.faults}, set()
-    for found in ordered(_Check(source), len(source), workers):
+    check = _Check(source, _task(recipe, report), recipe.split.startswith("train"))
+    for found in ordered(check, len(source), workers):
         if found.key and found.key in keys:
             report.faults.append(Fault("duplicate id", f"{found.key}: two samples of this key; ids are unique"))
         keys.add(found.key)
@@ -103,11 +108,24 @@ def _lint_one(name: str, recipe: DataRecipe, root: Path, workers: int) -> Report
     return report
 
 
+def _task(recipe: DataRecipe, report: Report) -> Any:
+    """The task that is asked what it refuses; None where it cannot be asked, or would say again what is told."""
+    try:
+        task = load_task(recipe.task)
+    except UserError as error:
+        report.faults.append(Fault("task", str(error)))
+        return None
+    return None if any(fault.kind == "marker" for fault in report.faults) else task
+
+
 @dataclass(frozen=True)
 class _Check:
     """Everything about the sample of a number."""
 
     source: Source
+    task: Any
+    """Its recipe's task, or None."""
+    train: bool
     seen: Seen = field(default_factory=dict)
 
     def __call__(self, index: int) -> _Found:
@@ -115,7 +133,9 @@ class _Check:
             sample = self.source[index]
         except UserError as error:
             return _Found("", (Fault("record", str(error)),), ())
-        faults = [*_pictures(sample, self.seen), *_masks(sample), *_texts(sample)]
+        faults = [*_pictures(sample, self.seen), *_masks(sample), *(said := list(lint_text.texts(sample)))]
+        if self.task is not None and not said:
+            faults += lint_text.refused(sample, self.task, index, train=self.train)
         if getattr(self.source, "id_maps", None) is not None:
             faults += _unlisted(sample)
         if isinstance(self.source, reason.Source):
@@ -224,27 +244,6 @@ def _counts(id_map: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     values, counts = np.unique(id_map, return_counts=True)
     found = dict(zip(values.tolist(), counts.tolist(), strict=True))
     return np.array([found.get(i, 0) for i in ids])
-
-
-def _texts(sample: Sample) -> Iterator[Fault]:
-    """Phrases without words, a grounded caption whose spans and masks do not pair up, empty answers."""
-    for number, phrase in enumerate(sample.phrases):
-        if not phrase.text.strip():
-            yield Fault("text empty", f"{sample.key}: phrase {number} ({phrase.id}) has no words; write it or drop it")
-    grounded = len(sample.turns) == 1 and sample.turns[0].role == "assistant"
-    if grounded:
-        caption = sample.turns[0].text
-        opened, closed = caption.count(P_OPEN), caption.count(P_CLOSE)
-        masked = sum(bool(p.instances) for p in sample.phrases)
-        if opened != closed or opened > masked or len(sample.phrases) != masked:
-            yield Fault(
-                "spans and masks",
-                f"{sample.key}: {opened} {P_OPEN} and {closed} {P_CLOSE} in the caption, {masked} of "
-                f"{len(sample.phrases)} phrases with a mask; each span needs both marks and its masks",
-            )
-    for number, turn in enumerate(sample.turns):
-        if not turn.text.strip():
-            yield Fault("text empty", f"{sample.key}: turn {number} has no words; write it or drop the conversation")
 
 
 def _leaks(reports: Sequence[Report]) -> Iterator[Fault]:

@@ -46,7 +46,7 @@ def pictures(recipe: DataRecipe, root: Path) -> list[tuple[Path, Size, str]]:
     """(file, stated (H, W), place) of the pictures that the COCO file of a recipe lists; [] for other formats."""
     named = recipe.options.get("instances") or recipe.options.get("panoptic_json")
     folder = recipe.options.get("images")
-    if named is None or folder is None or "{" in folder:
+    if named is None or not isinstance(folder, str) or "{" in folder:
         return []
     path = data_path(root, str(named))
     try:
@@ -80,8 +80,9 @@ def outside(polygon: Any, size: Size, where: str) -> Iterator[Fault]:
 
 def _coco(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
     """An instances or panoptic JSON."""
-    path = data_path(root, str(options.get("instances") or options.get("panoptic_json")))
-    yield from _coco_file(path)
+    named = options.get("instances") or options.get("panoptic_json")
+    if named is not None:  # the source itself says which option is missing, and what was written in its place
+        yield from _coco_file(data_path(root, str(named)))
 
 
 def _coco_file(path: Path) -> Iterator[Fault]:
@@ -170,7 +171,9 @@ def _refer(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
 
 def _llava(options: Mapping[str, Any], root: Path) -> Iterator[Fault]:
     """Conversations."""
-    path = data_path(root, str(options.get("json")))
+    if "json" not in options:
+        return  # the source itself says so
+    path = data_path(root, str(options["json"]))
     rows = read_records(path)
     if not isinstance(rows, list):
         return  # the source itself says so

@@ -114,8 +114,8 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
 def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Dataset | None:
     """The data set of a row, as a model is scored on it; None where its task needs what the model lacks.
 
-    Only the configuration of the model is looked at. Raises UserError for missing files, and for a label list that is
-    not the one of a stage-1 model.
+    Only the configuration of the model is looked at. Raises UserError for missing files, for files without a sample,
+    and for a label list that is not the one of a stage-1 model.
     """
     recipe = load_recipe(DataRecipe, row.recipe)
     spec = task_for(predictor, row.task or recipe.task)
@@ -123,6 +123,10 @@ def open_row(predictor: Predictor, row: SuiteRow, data_root: str | Path) -> Data
         return None
     preparation = Preparation(predictor.processor.encoder, predictor.processor.sizes, train=False)
     dataset = load_dataset(recipe, root=data_root, preparation=preparation, task=spec, limit=row.limit)
+    if not len(dataset):
+        raise UserError(
+            f"{row.recipe}: its files hold no sample, so there is nothing to score; check the recipe's options"
+        )
     _check_labels(predictor, dataset, row.recipe)
     return dataset
 

@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 
+from xseg.errors import UserError
 from xseg.metrics.bootstrap import ratio, values_with_intervals
 from xseg.types import Prediction, Sample, Score
 
@@ -23,8 +24,13 @@ def normalise(text: str) -> str:
 
 
 def target(sample: Sample) -> str:
-    """The answer to be generated: the last turn of the assistant."""
-    return next((t.text for t in reversed(sample.turns) if t.role == "assistant"), "")
+    """The answer to be generated: the last turn. UserError where that is the user's: nobody knows what is right."""
+    if not sample.turns or sample.turns[-1].role != "assistant":
+        raise UserError(
+            f"{sample.key}: its last turn has no answer, so there is nothing to score; add the answer, or drop the "
+            "question"
+        )
+    return sample.turns[-1].text
 
 
 class ExactMatch:
