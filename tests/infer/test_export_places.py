@@ -10,10 +10,11 @@ from small_models import save_model
 from xseg.errors import UserError
 from xseg.infer import card
 from xseg.infer import export as module
-from xseg.infer.export import Export, export
+from xseg.infer.export import EXPORT, Export, export
 from xseg.infer.language import export_language
 from xseg.infer.predictor import load
-from xseg.models import adapters
+from xseg.models import adapters, checkpoint
+from xseg.paths import default_model
 from xseg.ui.cli import main
 
 
@@ -66,6 +67,10 @@ def test_an_earlier_export_is_replaced_and_opens(final: Path, tmp_path: Path) ->
     assert (out / card.EXAMPLE).read_bytes() == b"picture"
     assert [p.name for p in out.glob("*adapter*")] + [p.name for p in out.glob("model-*")] == []
     load(out, "cpu")
+
+
+def test_the_shipped_model_may_be_made_anew() -> None:
+    checkpoint.check_place(default_model(), EXPORT)
 
 
 @pytest.mark.parametrize("place", [".", "..", "FILE", "FILE/below", "/proc/x"])
