@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from xseg.data.jsonl_line import MARKERS
 from xseg.data.lint_records import Fault
 from xseg.encode import CLOSE, OPEN
 from xseg.errors import UserError
-from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, REGION, SEG, SENTINELS, SPECIAL_TOKENS, SpecialIds, find_spans
+from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, REGION, SEG, SpecialIds, find_spans
 from xseg.types import Categories, Formatted, Sample, Turn
 
-MARKERS = (*SPECIAL_TOKENS, *SENTINELS)
 MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 IDS = SpecialIds(*(MARKERS.index(marker) for marker in (SEG, P_OPEN, P_CLOSE)))
 
