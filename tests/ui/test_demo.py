@@ -149,3 +149,12 @@ def test_names() -> None:
     assert stage_name(Path("a/s2_align.yaml")) == "s2" and clock(125.9) == "2:05 min"
     with pytest.raises(UserError, match="named s1"):
         stage_name(Path("a/align.yaml"))
+
+
+@pytest.mark.parametrize("place", ["FILE", "FILE/below"])
+def test_a_bad_out_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "FILE").write_text("mine")
+    monkeypatch.setattr(Demo, "do", lambda self, step: pytest.fail("a step began"))
+    with pytest.raises(UserError, match=f"{place}: nothing can be written there"):
+        Demo(tmp_path / place, "tiny", 10, 0, Console(quiet=True)).run()
+    assert [p.name for p in tmp_path.iterdir()] == ["FILE"]

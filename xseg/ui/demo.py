@@ -25,7 +25,7 @@ from xseg.config import FOLDERS, DataRecipe, ModelRecipe, StageRecipe, Suite, lo
 from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.infer.evaluate import write_json
-from xseg.paths import find
+from xseg.paths import find, make_folder
 from xseg.train.stage import check_compiler, read_stage
 from xseg.ui.scores import summary_table, table
 
@@ -33,11 +33,11 @@ GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY = 2 * GIB, 3 * GIB
 SIDE = 96
 """Pixels of a ShapeWorld image: what the tiny model sees."""
-SUITES = {"overfit": "overfit", "all": "shapes_all"}
+SUITES = {"overfit": "overfit", "all": "shapes_all", "all_long": "shapes_all"}
 """The suite of a recipe; of all others: shapes."""
 LABEL_SUITES = {"shapes_all": "shapes"}
 """What the first stage's fixed label list is scored on, where the suite asks for names that are not on it."""
-TASK_IMAGES = {"all": 1000}
+TASK_IMAGES = {"all": 1000, "all_long": 4000}
 """Training images that a recipe wants the files of every task for."""
 FINGERPRINTED = {".py", ".yaml", ".safetensors"}
 PROGRAMS = {"xseg": ["-m", "xseg.ui.cli"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
@@ -78,7 +78,7 @@ class Demo:
         """Do every step. Raises UserError when the machine lacks something, typer.Exit when a step fails."""
         began = time.monotonic()
         precheck(self.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         for step in [*self.training(), *self.evaluation()]:
             self.do(step)
         self.do(self.talk())
@@ -138,6 +138,8 @@ class Demo:
             self.seconds[step.name] = earlier["seconds"]
             return
         self.changed = True
+        if step.name == "chat":
+            shutil.rmtree(self.out / "chat", ignore_errors=True)  # a chat adds to what lies there: an old model's masks
         log = self.out / "logs" / f"{step.name.replace(' ', '-')}.log"
         began = time.monotonic()
         status = run(step.command, log)
