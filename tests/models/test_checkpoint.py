@@ -136,6 +136,19 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert "segmentor.mask_decoder" in str(reports[0]) and "fresh" in str(reports[0])
 
 
+def test_what_a_later_folder_changes_of_an_earlier_one_is_told(tmp_path: Path) -> None:
+    for seed, (name, parts) in enumerate({"s1": ("segmentor",), "s2": ("sam", "siglip", "llm")}.items()):
+        torch.manual_seed(seed)
+        checkpoint.save(model(parts=parts), tmp_path / name)
+    third = model()
+    first, second = checkpoint.overlay(third, [tmp_path / "s2", tmp_path / "s1"])
+    assert not first.replaced and {key_maps.part_of(n) for n in second.replaced} == {"segmentor.sam"}
+    assert "replaced" in str(second)
+    kept = checkpoint.read_weights(tmp_path / "s1")
+    assert all(torch.equal(third.state_dict()[n], kept[n]) for n in second.replaced), "the last one stays"
+    assert not any(r.replaced for r in checkpoint.overlay(third, [tmp_path / "s1", tmp_path / "s1"]))
+
+
 def test_tied_embeddings_are_one_tensor_in_a_file(tmp_path: Path) -> None:
     made = model(language="llama")
     checkpoint.save(made, tmp_path / "s2")

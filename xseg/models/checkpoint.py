@@ -49,10 +49,12 @@ class LoadReport:
     """``name: shape in the source, shape in the model``."""
     resized: list[str] = field(default_factory=list)
     """Position tables that were interpolated to another resolution, written like ``mismatched``; also in ``loaded``."""
+    replaced: list[str] = field(default_factory=list)
+    """Tensors of an earlier stage's folder that this one, laid over it, holds with other values; also in ``loaded``."""
 
     def __str__(self) -> str:
         lines = [self.source]
-        for title in ("loaded", "resized", "fresh", "unexpected", "mismatched"):
+        for title in ("loaded", "resized", "replaced", "fresh", "unexpected", "mismatched"):
             parts: dict[str, list[str]] = defaultdict(list)
             for name in getattr(self, title):
                 parts[".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])].append(name)
@@ -183,17 +185,27 @@ def overlay(
     stage replaces: a class head of another kind, and parts that are not built here. Raises UserError for that, for
     another vocabulary, and for damaged folders.
     """
-    reports = []
+    reports: list[LoadReport] = []
     for folder in folders:
         config = read_config(Path(folder))
         if model.config.text_config is not None:
             check_vocabulary(folder, config, model.config.text_config.vocab_size)
-        report = assign(model, (read or read_weights)(Path(folder)), str(folder))
+        state = (read or read_weights)(Path(folder))
+        replaced = _replaced_by(state, model, [name for earlier in reports for name in earlier.loaded])
+        report = assign(model, state, str(folder))
+        report.replaced = replaced
         what = _misfit(model, report)
         if what:
             raise UserError(f"{folder}: {what}: use the model recipe that made it, or copy it again\n{report}")
         reports.append(report)
     return reports
+
+
+def _replaced_by(state: Mapping[str, Tensor], model: XSegModel, names: Sequence[str]) -> list[str]:
+    """Those of the model's tensors that ``state`` holds with other values."""
+    own = model.state_dict()
+    shared = [name for name in dict.fromkeys(names) if name in state and state[name].shape == own[name].shape]
+    return [name for name in shared if not torch.equal(state[name].to(own[name]), own[name])]
 
 
 def _misfit(model: XSegModel, report: LoadReport) -> str:
