@@ -175,7 +175,7 @@ def test_siglip_equals_transformers(tmp_path: Path, image: int, patch: int, dept
     given = {**SIGLIP, **sizes, "hidden_size": 2 * heads}
     source = random(SiglipVisionModel(SiglipVisionConfig(**given, attn_implementation="eager")))
     source.save_pretrained(tmp_path / "siglip")
-    model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")}, llm={}, segmentor={})
+    model, (report,) = loaded(siglip={"pretrained": str(tmp_path / "siglip")})
     pixels = torch.randn(1, 3, image, image)
     theirs = source(pixels, output_hidden_states=True).hidden_states[-2]
     assert theirs.shape[1] == (image // patch) ** 2
