@@ -19,8 +19,8 @@ from xseg.tokens import SpecialIds
 
 FOLDER = "train_stages/models"
 PARTS = ("segmentor", "sam", "siglip", "llm")
-STORED = ("dtype", "torch_dtype", "quantization_config")
-"""How a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
+STORED = ("dtype", "torch_dtype", "quantization_config", "architectures", "_name_or_path")
+"""How and where a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
 EVERY_LLM = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "sliding_window", "attn_implementation")
 """Keys that any language model's section may have, whether its kind stores them by that name or not."""
 KINDS: dict[str, type[PreTrainedConfig]] = {"sam": SamConfig, "siglip": SiglipVisionConfig}
