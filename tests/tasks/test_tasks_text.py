@@ -116,6 +116,17 @@ def test_a_model_that_always_explains_is_asked_to_in_evaluation() -> None:
         reason_seg.Task(answer="generated").format(sample, rng(0), train=False)
 
 
+def test_a_question_about_several_objects_has_one_mask() -> None:
+    sample = reason_seg.Task.example()
+    both = dataclasses.replace(sample, phrases=(dataclasses.replace(sample.phrases[0], instances=(0, 1)),))
+    task = reason_seg.Task()
+    seen = task.view(both)
+    (query,) = task.format(seen, np.random.default_rng(0)).queries
+    (row,) = query.instances
+    assert area(row_rle(seen.masks, row)) == sum(area(row_rle(sample.masks, i)) for i in (0, 1))
+    assert query.classes == (0,) and len(seen.instances) == 3 and task.view(sample) is sample
+
+
 def test_ignored_pixels_count_neither_way() -> None:
     task, sample = reason_seg.Task(), reason_seg.Task.example()
     formatted = task.format(sample, rng(0), train=False)

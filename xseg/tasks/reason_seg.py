@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from xseg.errors import UserError
+from xseg.geometry.masks import row_rle, union
 from xseg.metrics import Metric
 from xseg.metrics.iou import PhraseIoU
 from xseg.metrics.oracle import OracleGap
@@ -51,6 +52,10 @@ class Task(Spoken):
     def speaks_first(self) -> bool:
         """Whether every answer may hold an explanation before its mask; who gives some answers without can do both."""
         return self.explain != "behind" and self.asks == 1
+
+    def view(self, sample: Sample) -> Sample:
+        """Join the objects of each question: the answer is one mask (LISA's ReasonSeg), of one decoder query."""
+        return united(sample)
 
     def format(
         self, sample: Sample, rng: np.random.Generator, donors: Sequence[Sample] = (), *, train: bool = True
@@ -121,3 +126,19 @@ class Task(Spoken):
             image_id=1,
             ignore=encode(ignore),
         )
+
+
+def united(sample: Sample) -> Sample:
+    """Give each phrase of several objects one that is all of them; the objects themselves stay as they are."""
+    if sample.masks is None or all(len(phrase.instances) < 2 for phrase in sample.phrases):
+        return sample
+    rles = [row_rle(sample.masks, row) for row in range(len(sample.masks))]
+    instances, phrases = list(sample.instances), list(sample.phrases)
+    for k, phrase in enumerate(sample.phrases):
+        if len(phrase.instances) > 1:
+            members = [instances[i] for i in phrase.instances]
+            phrases[k] = dataclasses.replace(phrase, instances=(len(instances),))
+            instances.append(dataclasses.replace(members[0], mask=len(rles)))
+            rles.append(union([rles[member.mask] for member in members]))
+    masks = Masks(sample.masks.size, tuple(rles))
+    return dataclasses.replace(sample, masks=masks, instances=tuple(instances), phrases=tuple(phrases))
