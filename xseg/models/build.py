@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, SiglipVisionConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from xseg.config import ModelRecipe
 from xseg.errors import UserError, did_you_mean
 from xseg.models import checkpoint
 from xseg.models.checkpoint import SHOWN, LoadReport
-from xseg.models.configuration import SamConfig, XSegConfig
+from xseg.models.configuration import SamConfig, SiglipConfig, XSegConfig
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
 from xseg.tokens import SpecialIds
@@ -23,7 +23,7 @@ STORED = ("dtype", "torch_dtype", "quantization_config", "architectures", "_name
 """How and where a folder's weights were stored: no size, and no reason to train in it (parameters are float32)."""
 EVERY_LLM = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "sliding_window", "attn_implementation")
 """Keys that any language model's section may have, whether its kind stores them by that name or not."""
-KINDS: dict[str, type[PreTrainedConfig]] = {"sam": SamConfig, "siglip": SiglipVisionConfig}
+KINDS: dict[str, type[PreTrainedConfig]] = {"sam": SamConfig, "siglip": SiglipConfig}
 FILES = {"sam": (".pth",), "llm": (".gguf",)}
 """Single files that a part's ``pretrained`` may name."""
 

@@ -13,8 +13,13 @@ ENCODERS = ("siglip", "sam")
 ROW_ORDERS = ("concatenated", "interleaved")
 
 
+STEMS = {"patch": None, "residual": (8, 16)}
+"""What cuts a picture into patches: one convolution, as SAM's and SigLIP's, or several (``ResidualStem``), for models
+from scratch; and the patch sizes that it can make."""
+
+
 class SamConfig(SamVisionConfig):
-    """SAM's image encoder. ``stem``: "patch" (SAM's one convolution) or "residual" (three, for models from scratch)."""
+    """SAM's image encoder. ``stem``: see ``STEMS``."""
 
     model_type = "xseg_sam"
     base_config_key = "sam_config"
@@ -22,6 +27,32 @@ class SamConfig(SamVisionConfig):
     stem: str = "patch"
     # The library's own default (1e-10) is for loading only: a model trained from scratch would start at zero.
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check_stem("sam", self)
+
+
+class SiglipConfig(SiglipVisionConfig):
+    """SigLIP's image encoder. ``stem``: see ``STEMS``."""
+
+    model_type = "xseg_siglip"
+    base_config_key = "siglip_config"
+
+    stem: str = "patch"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check_stem("siglip", self)
+
+
+def _check_stem(part: str, config: Any) -> None:
+    if config.stem not in STEMS:
+        raise UserError(f"{part}.stem = {config.stem!r}: write {' or '.join(map(repr, STEMS))}")
+    sizes = STEMS[config.stem]
+    if sizes and config.patch_size not in sizes:
+        known = " or ".join(map(str, sizes))
+        raise UserError(f"{part}.stem = {config.stem!r} needs {part}.patch_size = {known}, not {config.patch_size}")
 
 
 class SegmentorConfig(PreTrainedConfig):
@@ -80,7 +111,7 @@ class XSegConfig(PreTrainedConfig):
     model_type = "xseg"
     sub_configs = {  # noqa: RUF012 (transformers declares it so)
         "sam_config": SamConfig,
-        "siglip_config": SiglipVisionConfig,
+        "siglip_config": SiglipConfig,
         "text_config": AutoConfig,
         "segmentor_config": SegmentorConfig,
     }
@@ -118,7 +149,7 @@ class XSegConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.sam_config = _sub(SamConfig, self.sam_config)
-        self.siglip_config = _sub(SiglipVisionConfig, self.siglip_config)
+        self.siglip_config = _sub(SiglipConfig, self.siglip_config)
         self.segmentor_config = _sub(SegmentorConfig, self.segmentor_config)
         self.llm_sees = list(ENCODERS) if self.llm_sees is None else list(self.llm_sees)
         for name in self.llm_sees:

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
-from xseg.errors import UserError
 from xseg.models.configuration import SamConfig
-
-STEM_PATCH = 8
+from xseg.models.stem import ResidualStem
 
 
 class SamEncoder(SamVisionEncoder):
@@ -27,8 +25,6 @@ class SamEncoder(SamVisionEncoder):
         super().__init__(config)
         if config.stem == "residual":
             self.patch_embed: Any = ResidualStem(config)
-        elif config.stem != "patch":
-            raise UserError(f"sam.stem = {config.stem!r}: write 'patch' or 'residual'")
         for layer in self.layers:
             layer.attn = RelativeAttention(config, layer.window_size)
         self.post_init()
@@ -66,9 +62,8 @@ class SamEncoder(SamVisionEncoder):
         return [states[number] for number in wanted]
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        if isinstance(self.patch_embed, ResidualStem):
-            return self.patch_embed(pixels)
-        return self.patch_embed.projection(pixels).permute(0, 2, 3, 1)
+        embed = self.patch_embed if isinstance(self.patch_embed, ResidualStem) else self.patch_embed.projection
+        return embed(pixels).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
 
 
 class RelativeAttention(SamVisionSdpaAttention):
@@ -81,38 +76,3 @@ class RelativeAttention(SamVisionSdpaAttention):
             rel_pos = F.interpolate(rel_pos.T[None], size=length, mode="linear")[0].T
         places = torch.arange(q_size, device=rel_pos.device)
         return rel_pos[places[:, None] - places[None, :] + q_size - 1]
-
-
-class ResidualStem(nn.Module):
-    """Three strided convolutions with residual pairs between them, for a patch of 8: sharper edges from scratch."""
-
-    def __init__(self, config: SamConfig) -> None:
-        super().__init__()
-        if config.patch_size != STEM_PATCH:
-            raise UserError(f"sam.stem = 'residual' needs sam.patch_size = {STEM_PATCH}, not {config.patch_size}")
-        width = config.hidden_size
-        self.to_half = nn.Conv2d(config.num_channels, width // 4, 3, stride=2, padding=1)
-        self.to_quarter = nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1)
-        self.quarter_blocks = nn.ModuleList(ResidualPair(width // 2) for _ in range(2))
-        self.to_eighth = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
-        self.eighth_block = ResidualPair(width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(I, 3, S, S) -> (I, S/8, S/8, C)."""
-        x = self.to_quarter(F.gelu(self.to_half(pixels)))
-        for block in self.quarter_blocks:
-            x = block(x)
-        return self.eighth_block(self.to_eighth(F.gelu(x))).permute(0, 2, 3, 1)
-
-
-class ResidualPair(nn.Module):
-    """Two 3x3 convolutions with group norms, added to their input."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(I, C, h, w) -> the same shape."""
-        return x + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))
