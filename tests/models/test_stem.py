@@ -53,7 +53,7 @@ def test_siglip_with_a_stem_loads_what_was_kept(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_fresh_stem_passes_the_picture_on() -> None:
-    """Initialised for a unit variance: rows of a random SigLIP differ between pictures about as much as their places."""
+    """Initialised for a unit variance: rows of a random SigLIP differ between pictures."""
     torch.manual_seed(1)
     model, _ = loaded(siglip=SIXTEEN)
     rows = model.siglip.embeddings.patch_embedding(torch.randn(8, 3, 32, 32))
