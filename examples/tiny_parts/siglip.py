@@ -175,7 +175,7 @@ class Siglip(nn.Module):
             )
         )  # fmt: skip
         # Cosines, as of captions: each word of a row must take its share of it. Of plain products a small one does, and
-        # where a square lies, then 9 % of the rows' variance and not 40, is what stage 2 did not find.
+        # where a square lies, then 9 % of the rows' variance and not 30, is what stage 2 did not find.
         self.words = nn.Embedding(len(WORDS), 128)
         self.scales, self.biases = nn.Parameter(torch.tensor([2.3, 3.0])), nn.Parameter(torch.tensor([-6.0, -6.0]))
 

@@ -44,8 +44,10 @@ class SiglipEncoder(SiglipVisionModel):
 
     def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
         """See the class. ``s`` is the config's size."""
-        places = self.embeddings.position_embedding.weight
-        hidden = self.embeddings.patch_embedding(pixels.to(places.dtype)).flatten(2).transpose(1, 2) + places
+        embed = self.embeddings
+        patches = embed.patch_embedding(pixels.to(embed.position_embedding.weight.dtype))
+        # through the module, as ZeRO-3 gathers a module's tensors when it is called
+        hidden = patches.flatten(2).transpose(1, 2) + embed.position_embedding(embed.position_ids)
         for block in self.encoder.layers[: self.depth]:
             hidden = block(hidden, None)
         return hidden
