@@ -14,7 +14,8 @@ SMALL = (
     "model_overrides={sam: {image_size: 48, hidden_size: 32, mlp_dim: 64, num_hidden_layers: 2, global_attn_indexes: "
     "[0, 1], num_attention_heads: 2, stem: patch}, siglip: {stem: patch, image_size: 48, hidden_size: 32, "
     "intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}, llm: {hidden_size: 32, "
-    "intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2}, segmentor: {width: 32, connector_width: 32, connector_layers: "
+    "intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2}, "
+    "segmentor: {width: 32, connector_width: 32, connector_layers: "
     "[1, 1, 2], num_queries: 12, decoder_layers: 2, heads: 2, ffn: 64, pixel_classifier: true}}"
 )
 COMMON = [
