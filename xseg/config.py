@@ -190,6 +190,9 @@ class StageRecipe(Recipe):
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Longest gradient of a step; longer ones are scaled down to it. None are with a large number (1e9)."""
     schedule: Schedule = Schedule()
+    seg_warmup: Part = 0.0
+    """Part of all steps in which ``<SEG>`` vectors grow linearly from nothing to their full length. They are added to
+    object queries: at once, what the projector says before it has learnt anything spoils the masks of stage 1."""
     loss: LossWeights = LossWeights()
     jitter: tuple[Factor, Factor] | None = None
     """Large-scale jitter: factor range on the canvas side, then a centre crop (stage 1: 0.1 to 2.0)."""

@@ -120,6 +120,18 @@ def test_the_seg_token_and_the_phrase_decide() -> None:
 
 
 @torch.no_grad()
+def test_a_share_of_the_seg_vectors_scales_them_alone() -> None:
+    made, given = model().eval(), kinds()["categories"]
+    layout, hidden = made.read(given, made.encode_images(given.llm_pixels, given.mask_pixels))
+    whole, concepts, _ = made.vectors(given, layout, hidden)
+    made.seg_share = 0.25
+    part, same, _ = made.vectors(given, layout, hidden)
+    assert whole.abs().min() > 0
+    torch.testing.assert_close(part, whole / 4)
+    assert torch.equal(concepts, same)
+
+
+@torch.no_grad()
 def test_a_region_prompt_says_which_region() -> None:
     made, plain = model().eval(), kinds()["regions"]
     moved = dataclasses.replace(plain, prompt_mask=plain.prompt_mask.flip(1))

@@ -16,7 +16,7 @@ SMALL = (
     "intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}, llm: {hidden_size: 32, "
     "intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2}, "
     "segmentor: {width: 32, connector_width: 32, connector_layers: "
-    "[1, 1, 2], num_queries: 12, decoder_layers: 2, heads: 2, ffn: 64, pixel_classifier: true}}"
+    "[1, 1, 2], num_queries: 12, decoder_layers: 2, heads: 2, ffn: 64, seg_gain: 1.0, pixel_classifier: true}}"
 )
 COMMON = [
     "model=scratch",

@@ -63,6 +63,25 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_seg_vectors_grow_over_a_stage_through_a_restart(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares, step = [], loop.Trainer.step
+
+    def until_three(self: loop.Trainer, number: int, micros: list) -> dict:
+        if number == 3 and len(shares) == 3:
+            raise KeyboardInterrupt
+        shares.append(self.acc.unwrap_model(self.model).seg_share)
+        return step(self, number, micros)
+
+    monkeypatch.setattr(loop.Trainer, "step", until_three)
+    given = ("steps=4", "save_every=2", "seg_warmup=1", "init_from=[]")
+    with pytest.raises(KeyboardInterrupt):
+        train("s3", tmp_path, *given)
+    assert train("s3", tmp_path, *given, flags=["--resume", "auto"]) == 0
+    assert shares == [0.25, 0.5, 0.75, 0.75, 1.0]
+
+
 def test_a_global_batch_gives_the_same_losses_however_it_is_split(train: Run, tmp_path: Path) -> None:
     fixed = ("steps=4", "loss.points=grid")
     assert train("s1", tmp_path / "a", *fixed, "batch_size=4", "accumulate=1") == 0

@@ -68,6 +68,12 @@ def test_warmup_is_linear_from_nearly_zero() -> None:
     assert values[10] == values[11] == 1.0
 
 
+def test_seg_vectors_grow_to_their_length_and_stay() -> None:
+    assert [optim.seg_share(step, 10, 0.4) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert {optim.seg_share(step, 10, 0.0) for step in range(10)} == {1.0}
+    assert optim.seg_share(9, 10, 1.0) == 1.0, "what a run exports has its full length"
+
+
 def test_cosine_falls_to_its_floor_and_step_at_its_milestones() -> None:
     cosine = Schedule(kind="cosine", warmup=0.0, floor=0.1)
     assert optim.factor(0, 200, cosine) == 1.0

@@ -50,6 +50,8 @@ class XSegModel(PreTrainedModel):
     config: XSegConfig
     segmentor: Segmentor
     llm: Any
+    seg_share: float = 1.0
+    """Factor on ``<SEG>`` vectors: less than 1 only while a stage's ``seg_warmup`` lasts, and never saved."""
 
     def __init__(self, config: XSegConfig) -> None:
         super().__init__(config)
@@ -212,7 +214,8 @@ class XSegModel(PreTrainedModel):
                 place, real = layout.spans(batch.concept_span)
                 rows.append(hidden[batch.concept_span[:, :1], place].flatten(0, 1))
             projected = self.llm_projector(torch.cat(rows))
-            seg = projected[: len(sample)] * (batch.seg_position[:, :1] >= 0) * self.config.segmentor_config.seg_gain
+            gain = self.config.segmentor_config.seg_gain * self.seg_share
+            seg = projected[: len(sample)] * (batch.seg_position[:, :1] >= 0) * gain
             if len(batch.concept_span):
                 states = projected[len(sample) :].float().unflatten(0, real.shape) * real[..., None]
                 concepts = states.sum(1) / real.sum(1, keepdim=True)

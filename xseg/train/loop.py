@@ -181,6 +181,8 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: 
     batches = loader(data.datasets, plan, acc.process_index, start, steps, recipe.num_workers)
     sources = list(zip(names, assemble.tasks(stage), strict=True))
     console = Console(stage.out, sources, start, steps, acc.is_main_process, acc.log)
+    bare = acc.unwrap_model(trainer.model)
+    bare.seg_share = optim.seg_share(start - 1, steps, recipe.seg_warmup)  # a look after a resumed step has that step's
     if watched and start and watched.due(start, steps):
         look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
     with Stop(acc.is_main_process) as stop, closing(batches):
@@ -200,6 +202,7 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: 
                 raise Stopped(stop.asked or signal.SIGTERM)
             factor = optim.factor(step, steps, recipe.schedule)
             optim.set_rates(trainer.optimizer, trainer.rates, factor)
+            bare.seg_share = optim.seg_share(step, steps, recipe.seg_warmup)
             with trainer.meter.counting(source):
                 figures = {"lr": factor * max(trainer.rates), "data_s": waited} | trainer.step(step, micros)
             last, seconds = step + 1 == steps, time.monotonic() - clock

@@ -98,6 +98,11 @@ def factor(step: int, total: int, schedule: Schedule) -> float:
     return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
+def seg_share(step: int, total: int, warmup: float) -> float:
+    """Return the factor on ``<SEG>`` vectors in optimiser step ``step`` (0-based) of ``total``; the last has 1."""
+    return min(1.0, (step + 1) / max(warmup * total, 1.0))
+
+
 def set_rates(optimizer: torch.optim.Optimizer, base: Sequence[float], step_factor: float) -> None:
     """Set ``lr`` of every group; ``base`` holds the groups' own rates in order."""
     for group, rate in zip(optimizer.param_groups, base, strict=True):
