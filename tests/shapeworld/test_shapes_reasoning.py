@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from xseg.data.shapeworld.grounded import grounded
@@ -153,3 +155,15 @@ def test_the_miniature_language_model_can_read_all_of_it(asked: list[tuple[Scene
         assert not [p for p in pieces if p == "<unk>" or p.startswith("<0x")], text
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
         assert len(pieces) <= 4 * len(text.split()), f"{text}: more letters than words"
+
+
+def test_riddles_read_differently_to_the_miniature_language_model() -> None:
+    """Their words are in no text it learnt from: their pieces must not all lie where training pushes unread ones."""
+    phi = find("examples/tiny_parts/phi", "train_stages/models", suffix="")
+    tokenizer = AutoTokenizer.from_pretrained(phi)
+    table = load_file(phi / "model.safetensors")["model.embed_tokens.weight"].float()
+    clauses = [*SHAPE_CLAUSES, *GROUND_CLAUSES]
+    pieces = sorted({i for text in clauses for i in tokenizer(text, add_special_tokens=False).input_ids})
+    units = torch.nn.functional.normalize(table[pieces], dim=1)
+    alike = (units @ units.T).fill_diagonal_(0)
+    assert len(pieces) > 20 and (alike > 0.95).float().mean() < 0.01, tokenizer.convert_ids_to_tokens(pieces)

@@ -20,7 +20,10 @@ from xseg.train import loop, slim
 from xseg.train.__main__ import main
 from xseg.ui.cli import main as command_line
 
-LORA = "adapters={llm: {rank: 2, alpha: 4}, siglip: {rank: 2}, sam: {rank: 2, targets: [qkv, proj]}}"
+LORA = (
+    "adapters={llm: {rank: 2, alpha: 4}, siglip: {rank: 2}, sam: {rank: 2, targets: [qkv, proj]}}",
+    "trainable=[{match: .*, lr: 5.0e-4}]",
+)
 Run = Callable[..., int]
 
 
@@ -56,7 +59,7 @@ def base(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(train: Run, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lora") / "s3"
-    assert train("s3", out, f"init_from=[{base}]", LORA, "steps=4", *SAMPLED) == 0
+    assert train("s3", out, f"init_from=[{base}]", *LORA, "steps=4", *SAMPLED) == 0
     return out
 
 
@@ -82,7 +85,7 @@ def test_what_is_frozen_comes_out_bit_by_bit_as_it_was(
             learns.update(n for n, p in model.named_parameters() if p.requires_grad),
         ),
     )
-    assert train("s3", tmp_path / "run", f"init_from=[{base}]", LORA, "steps=3") == 0
+    assert train("s3", tmp_path / "run", f"init_from=[{base}]", *LORA, "steps=3") == 0
     before = checkpoint.read_weights(base)
     frozen = [n for n in after if n not in learns and adapters.plain(n) in before]
     wrapped = [n for n in frozen if ".base_layer." in n]
@@ -112,7 +115,7 @@ def test_a_killed_run_goes_on_from_a_small_checkpoint(
             raise KeyboardInterrupt
         return step(self, number, micros)
 
-    given = (f"init_from=[{base}]", LORA, "steps=4", *SAMPLED)
+    given = (f"init_from=[{base}]", *LORA, "steps=4", *SAMPLED)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Trainer, "step", until_three)
         train("s3", out, *given)
@@ -129,7 +132,7 @@ def test_a_killed_run_goes_on_from_a_small_checkpoint(
 def test_a_run_with_adapters_is_not_consolidated(
     run: Run, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (SMALL, f"out={run}", f"data_root={data}", *COMMON, f"init_from=[{base}]", LORA, "steps=4", *SAMPLED)
+    settings = (SMALL, f"out={run}", f"data_root={data}", *COMMON, f"init_from=[{base}]", *LORA, "steps=4", *SAMPLED)
     given = [word for setting in settings for word in ("--set", setting)]
     stage = str(next(TINY.glob("s3_*.yaml")))
     monkeypatch.setattr(sys, "argv", ["xseg", "consolidate", stage, "--out", str(tmp_path / "whole"), *given])
@@ -181,7 +184,7 @@ def test_chat_and_export_take_an_adapter(
 def test_a_stage_that_gives_the_adapter_no_rate_is_told(
     train: Run, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    given = (f"init_from=[{base}]", LORA, "trainable=[{match: 'llm|segmentor', lr: 1.0e-4}]")
+    given = (f"init_from=[{base}]", *LORA, "trainable=[{match: 'llm|segmentor', lr: 1.0e-4}]")
     assert train("s3", tmp_path / "run", *given) == 2
     assert "adapters: siglip: no entry of trainable matches it" in capsys.readouterr().err
     assert train("s3", tmp_path / "run", "adapters={llm: {rnak: 2}}") == 2

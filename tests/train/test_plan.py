@@ -11,7 +11,7 @@ from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
 from xseg.models.build import build_model
-from xseg.train import plan, trace
+from xseg.train import optim, plan, trace
 from xseg.train.meter import Flops
 from xseg.train.stage import Stage, read_stage
 from xseg.ui import planning
@@ -37,6 +37,7 @@ def third(data: Path) -> plan.Subject:
 
 def test_flops_are_those_of_the_real_step(third: plan.Subject) -> None:
     model = build_model(third.config).train()
+    optim.select(model, third.stage.recipe.trainable)
     for batch in third.batches(2):
         walked = trace.walk(third.mode, third.model, third.criterion, batch, on_cpu=True, autocast=False)
         with Flops() as counted:
