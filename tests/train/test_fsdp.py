@@ -51,7 +51,7 @@ def test_every_layer_of_the_language_model_is_a_unit(data: Path) -> None:
 @slow
 def test_a_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    settings = ("steps=6", "save_every=3", "keep_checkpoints=2", *SAMPLED)
+    settings = ("steps=6", "save_every=3", "keep_checkpoints=2", "trainable=[{match: .*, lr: 5.0e-4}]", *SAMPLED)
     run(data, whole, TWO, *settings)
     shutil.copytree(whole / "checkpoints/step_3", cut / "checkpoints/step_3")
     assert "resumed from" in run(data, cut, TWO, *settings, "--resume", "auto")
