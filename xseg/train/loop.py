@@ -182,7 +182,7 @@ def run(trainer: Trainer, stage: Stage, plan: Plan, data: assemble.Data, start: 
     sources = list(zip(names, assemble.tasks(stage), strict=True))
     console = Console(stage.out, sources, start, steps, acc.is_main_process, acc.log)
     bare = acc.unwrap_model(trainer.model)
-    bare.seg_share = optim.seg_share(start - 1, steps, recipe.seg_warmup)  # a look after a resumed step has that step's
+    bare.seg_share = optim.seg_share(start - 1, steps, recipe.seg_warmup)  # as the last step left it
     if watched and start and watched.due(start, steps):
         look(trainer, watched, console, start)  # the checkpoint was written, the look may have been cut short
     with Stop(acc.is_main_process) as stop, closing(batches):
