@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from xseg import config
+from xseg.data.parallel import CHUNK
 from xseg.data.shapeworld import write as writing
 from xseg.data.shapeworld.board import square
 from xseg.data.shapeworld.draw import draw
@@ -134,6 +135,12 @@ def test_same_arguments_same_bytes_and_nothing_to_do_twice(root: Path, tmp_path:
     calls: list[tuple[str, int, int]] = []
     write_splits(tmp_path / "again", 12, 8, 5, size=64, progress=lambda *c: calls.append(c))
     assert calls == []
+
+
+def test_as_many_processes_as_one_likes_same_bytes(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        write(tmp_path / f"{workers}", CHUNK + 8, 5, size=48, workers=workers)
+    assert digest(tmp_path / "1") == digest(tmp_path / "2")
 
 
 def test_a_longer_split_begins_with_the_shorter_one(root: Path, tmp_path: Path) -> None:

@@ -228,14 +228,14 @@ def shapes_command(
     size: Annotated[int, typer.Option(min=32, help="Side of an image in pixels.")] = 128,
     hard: Annotated[bool, typer.Option("--hard", help="Smaller and more objects of more kinds.")] = False,
     tasks: Annotated[int, typer.Option(min=0, help="Training images that get the other tasks' files too.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes for these; the result does not depend on it.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = 1,
 ) -> None:
     """Write ShapeWorld (train, val, overfit) in the formats of COCO, RefCOCO and LLaVA; with --tasks every task."""
     from rich.console import Console
 
     from xseg.ui.shapes import write_shapes, write_tasks
 
-    write_shapes(out, images, val_images, seed, size=size, hard=hard, console=Console())
+    write_shapes(out, images, val_images, seed, workers, size=size, hard=hard, console=Console())
     if tasks:
         write_tasks(out, tasks, workers, Console())
 

@@ -89,10 +89,10 @@ class Demo:
     def training(self) -> list[Step]:
         """The data, then every stage; a stage starts from the folders of this demo's earlier stages."""
         data = self.out / "data"
-        size = ["--images", str(self.images), "--size", str(SIDE), "--seed", str(self.seed)]
+        size = ["--images", str(self.images), "--size", str(SIDE), "--seed", str(self.seed), "--workers", "2"]
         made = data / "shapes/val/shapeworld.json"
         if self.task_images:
-            size += ["--tasks", str(self.task_images), "--workers", "2"]
+            size += ["--tasks", str(self.task_images)]
             made = data / "shapes/clips/shapeworld.json"
         write = ("xseg", "data", "shapes", "--out", f"{data}/shapes", *size)
         steps = [Step("data", write, made)]

@@ -13,12 +13,12 @@ from xseg.data.shapeworld.write import write_splits
 
 
 def write_shapes(
-    out: Path, images: int, val_images: int, seed: int, *, size: int, hard: bool, console: Console
+    out: Path, images: int, val_images: int, seed: int, workers: int, *, size: int, hard: bool, console: Console
 ) -> None:
     """Write the splits; UserError when ``out`` holds something else."""
     variant: Variant = "hard" if hard else "easy"
     with _bars(console) as tell:
-        write_splits(out, images, val_images, seed, size=size, variant=variant, progress=tell)
+        write_splits(out, images, val_images, seed, size=size, variant=variant, workers=workers, progress=tell)
     console.print(f"ShapeWorld in {out}: use --root {out.parent} (data_root in a stage)", markup=False, soft_wrap=True)
 
 

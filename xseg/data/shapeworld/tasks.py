@@ -60,7 +60,10 @@ def write_all(out: Path, images: int, *, workers: int = 1, progress: Report = la
     looks: tuple[int, Variant] = (made["size"], made["variant"])
     count = min(EVALUATED, made["images"])
     open_ = _of(progress, "val_open")
-    write(out / "val_open", count, made["seed"], size=looks[0], variant=looks[1], split="val_open", progress=open_)
+    write(
+        out / "val_open", count, made["seed"], size=looks[0], variant=looks[1], split="val_open", workers=workers,
+        progress=open_,
+    )  # fmt: skip
     clips = _of(progress, "clips")
     write_clips(out / "clips", CLIPS, made["seed"], size=looks[0], variant=looks[1], workers=workers, progress=clips)
 

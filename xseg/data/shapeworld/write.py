@@ -18,13 +18,15 @@ A folder appears whole or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
+from xseg.data.parallel import ordered
 from xseg.data.shapeworld.board import place_of
 from xseg.data.shapeworld.draw import PAINT, draw
 from xseg.data.shapeworld.language import descriptions, expressions
@@ -44,6 +46,9 @@ VAL_QUESTIONS = 3
 """Conversations, of one question each, for an image of a split that is not for training."""
 FIRST_GROUND = 101
 """Category ids of grounds start here, those of shapes at 1: not contiguous, as in COCO."""
+LISTS = ("images", "segments", "instances", "refs", "talk", "captions")
+Records = dict[str, list[dict[str, Any]]]
+"""The records of a picture, by ``LISTS``."""
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
@@ -56,12 +61,13 @@ def write_splits(
     *,
     size: int = 128,
     variant: Variant = "easy",
+    workers: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write ``out``/train, /val and /overfit (16 images); ``progress`` gets (split, done, total)."""
     for split, count in (("train", images), ("val", val_images), ("overfit", 16)):
         report = None if progress is None else _for_split(progress, split)
-        write(out / split, count, seed, size=size, variant=variant, split=split, progress=report)
+        write(out / split, count, seed, size=size, variant=variant, split=split, workers=workers, progress=report)
 
 
 def _for_split(progress: Callable[[str, int, int], None], split: str) -> Progress:
@@ -76,9 +82,10 @@ def write(
     size: int = 128,
     variant: Variant = "easy",
     split: str = "train",
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Write images 0 to ``images`` - 1 of a split into the folder ``out``; memory does not grow with their number.
+    """Write images 0 to ``images`` - 1 of a split into the folder ``out``; the result does not depend on ``workers``.
 
     Nothing is done where ``out`` already holds exactly this. Raises UserError where it holds anything else, and for
     fewer than one image or a negative seed.
@@ -88,7 +95,7 @@ def write(
     marker = {
         "format": FORMAT, "split": split, "images": images, "seed": seed, "size": size, "variant": variant,
     }  # fmt: skip
-    whole_folder(out, marker, lambda folder: _fill(folder, marker, progress))
+    whole_folder(out, marker, lambda folder: _fill(folder, marker, workers, progress))
 
 
 def whole_folder(out: Path, marker: dict[str, Any], fill: Callable[[Path], None]) -> None:
@@ -126,19 +133,16 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{k} {found.get(k)} instead of {wanted[k]}" for k in keys)
 
 
-def _fill(folder: Path, marker: dict[str, Any], progress: Progress | None) -> None:
+def _fill(folder: Path, marker: dict[str, Any], workers: int, progress: Progress | None) -> None:
     (folder / "images").mkdir()
     (folder / "panoptic").mkdir()
     split, count = marker["split"], marker["images"]
-    scenes = (
-        split_scene(marker["seed"], split, i, side=marker["size"], variant=marker["variant"]) for i in range(count)
-    )
+    job = _Job(folder, split, marker["seed"], marker["size"], marker["variant"])
     files = _Files(folder, split)
-    for number, scene in enumerate(scenes):
-        first = SPLITS[split][0] + number
-        _write_image(files, scene, number + 1, np.random.default_rng([marker["seed"], first, 1]))
+    for done, records in enumerate(ordered(job, count, workers), start=1):
+        files.add(records)
         if progress is not None:
-            progress(number + 1, count)
+            progress(done, count)
     files.close()
 
 
@@ -176,50 +180,130 @@ class _Files:
     """The growing annotation lists of one split."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split, self.sentences = folder, split, 0
+        self.folder, self.sentences = folder, 0
         self.categories = categories(SPLITS[split][1])
-        self.ids = {c["name"]: int(c["id"]) for c in self.categories}
-        self.images, self.segments = _Rows(folder / "images.rows"), _Rows(folder / "segments.rows")
-        self.instances = _Rows(folder / "instances.rows")
-        self.refs, self.talk = _Rows(folder / "refs.rows"), _Rows(folder / "talk.rows")
-        self.captions = _Rows(folder / "captions.rows")
+        self.rows = {name: _Rows(folder / f"{name}.rows") for name in LISTS}
+
+    def add(self, records: Records) -> None:
+        """Append the records of the next picture; references and sentences are numbered through the split."""
+        before = self.rows["refs"].count
+        for record in records["refs"]:
+            record["ref_id"] += before
+            for sentence in record["sentences"]:
+                sentence["sent_id"] += self.sentences
+            record["sent_ids"] = [sentence["sent_id"] for sentence in record["sentences"]]
+        self.sentences += sum(len(record["sentences"]) for record in records["refs"])
+        for name, rows in self.rows.items():
+            for record in records[name]:
+                rows.add(record)
 
     def close(self) -> None:
         """Put the lists together into the JSON files."""
-        self._coco("panoptic.json", self.segments, self.categories)
-        self._coco("instances.json", self.instances, [c for c in self.categories if c["isthing"]])
-        for name, rows in (("refs", self.refs), ("talk", self.talk), ("captions", self.captions)):
+        self._coco("panoptic.json", self.rows["segments"], self.categories)
+        self._coco("instances.json", self.rows["instances"], [c for c in self.categories if c["isthing"]])
+        for name in ("refs", "talk", "captions"):
             with (self.folder / f"{name}.json").open("w", encoding="utf8") as file:
-                rows.copy(file)
-        for rows in (self.images, self.segments, self.instances, self.refs, self.talk, self.captions):
+                self.rows[name].copy(file)
+        for rows in self.rows.values():
             rows.file.close()
             Path(rows.file.name).unlink()
 
     def _coco(self, name: str, annotations: _Rows, listed: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("w", encoding="utf8") as file:
             file.write('{"images": ')
-            self.images.copy(file)
+            self.rows["images"].copy(file)
             file.write(f', "categories": {json.dumps(listed)},\n"annotations": ')
             annotations.copy(file)
             file.write("}\n")
 
 
-def _write_image(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
-    name = f"{number:012d}.png"
-    Image.fromarray(draw(scene)).save(files.folder / "images" / name, compress_level=3)
-    # spread over the 24 bits, so that the PNG is colourful and readers must use all three channels
-    write_id_map(files.folder / "panoptic" / name, scene.owner.astype(np.int64) * SPREAD)
-    files.images.add({"id": number, "file_name": name, "height": scene.side, "width": scene.side})
-    grounds = len(scene.ground.names)
-    names = [*scene.ground.names, *(thing.shape for thing in scene.things)]
-    segments = [coco_segment(scene.owner == i + 1, files.ids[n], (i + 1) * SPREAD) for i, n in enumerate(names)]
-    files.segments.add({"image_id": number, "file_name": name, "segments_info": segments})
-    for thing, segment in enumerate(segments[grounds:]):
-        rle = to_json(encode(scene.visible(thing)))
-        files.instances.add({**segment, "id": annotation_id(number, thing), "image_id": number, "segmentation": rle})
-    _write_refs(files, scene, number, rng)
-    _write_talk(files, scene, number, rng)
-    _write_captions(files, scene, number, rng)
+@dataclass(frozen=True)
+class _Job:
+    """Write the files of a picture and return its records, for every list."""
+
+    folder: Path
+    split: str
+    seed: int
+    size: int
+    variant: Variant
+
+    def __call__(self, index: int) -> Records:
+        scene = split_scene(self.seed, self.split, index, side=self.size, variant=self.variant)
+        rng = np.random.default_rng([self.seed, SPLITS[self.split][0] + index, 1])
+        number, name = index + 1, f"{index + 1:012d}.png"
+        Image.fromarray(draw(scene)).save(self.folder / "images" / name, compress_level=3)
+        # spread over the 24 bits, so that the PNG is colourful and readers must use all three channels
+        write_id_map(self.folder / "panoptic" / name, scene.owner.astype(np.int64) * SPREAD)
+        ids = {c["name"]: int(c["id"]) for c in categories(SPLITS[self.split][1])}
+        names = [*scene.ground.names, *(thing.shape for thing in scene.things)]
+        segments = [coco_segment(scene.owner == i + 1, ids[n], (i + 1) * SPREAD) for i, n in enumerate(names)]
+        return {
+            "images": [{"id": number, "file_name": name, "height": scene.side, "width": scene.side}],
+            "segments": [{"image_id": number, "file_name": name, "segments_info": segments}],
+            "instances": [
+                {
+                    **segment,
+                    "id": annotation_id(number, thing),
+                    "image_id": number,
+                    "segmentation": to_json(encode(scene.visible(thing))),
+                }
+                for thing, segment in enumerate(segments[len(scene.ground.names) :])
+            ],
+            # in this order, which the draws follow
+            "refs": self._refs(scene, number, ids, rng),
+            "talk": self._talk(scene, number, rng),
+            "captions": [_conversation(f"{number}", number, _descriptions(scene, rng))],
+        }
+
+    def _refs(self, scene: Scene, number: int, ids: dict[str, int], rng: np.random.Generator) -> list[dict[str, Any]]:
+        """One reference per meant thing, one per sentence that means nothing, as gRefCOCO has them; numbered from 0."""
+        groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        for k, expression in enumerate(expressions(scene, rng, EXPRESSIONS)):
+            sentence = {
+                "sent_id": k,
+                "sent": expression.text,
+                "raw": expression.text,
+                "tokens": expression.text.split(),
+                "kind": expression.kind,
+                "explanation": f"{place_of(scene, expression.things)}.",
+            }
+            # a reference without things has a group of its own: -1, -2, …
+            groups.setdefault(expression.things or (-k - 1,), []).append(sentence)
+        return [
+            {
+                "ref_id": k,
+                "ann_id": [] if things[0] < 0 else annotation_id(number, things[0]),
+                "category_id": -1 if things[0] < 0 else ids[scene.things[things[0]].shape],
+                "image_id": number,
+                "file_name": f"{number:012d}.png",
+                "split": self.split,
+                "sent_ids": [],
+                "sentences": sentences,
+            }
+            for k, (things, sentences) in enumerate(groups.items())
+        ]
+
+    def _talk(self, scene: Scene, number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        if self.split == "train":
+            asked = [*questions(scene, rng, QUESTIONS), *places(scene, rng, PLACES)]
+            conversations = [[asked[i] for i in rng.permutation(len(asked))]]
+        else:
+            conversations = [[question] for question in questions(scene, rng, VAL_QUESTIONS)]
+        return [_conversation(f"{number}-{part}", number, asked) for part, asked in enumerate(conversations)]
+
+
+def _descriptions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    found = descriptions(scene, rng)
+    return [Question("description", *found[i]) for i in rng.permutation(len(found))]
+
+
+def _conversation(key: str, number: int, asked: Sequence[Question]) -> dict[str, Any]:
+    return {
+        "id": key,
+        "image": f"{number:012d}.png",
+        "question_type": asked[-1].type,
+        "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
+    }
 
 
 SPREAD = 1_111_111
@@ -237,67 +321,6 @@ def coco_segment(mask: np.ndarray, category: int, key: int) -> dict[str, Any]:
     x, y = int(columns[0]), int(rows[0])
     box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
     return {"id": key, "category_id": category, "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
-
-
-def _write_refs(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
-    """One reference per meant thing, one per sentence that means nothing, as gRefCOCO has them."""
-    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for expression in expressions(scene, rng, EXPRESSIONS):
-        sentence: dict[str, Any] = {
-            "sent_id": files.sentences,
-            "sent": expression.text,
-            "raw": expression.text,
-            "tokens": expression.text.split(),
-            "kind": expression.kind,
-            "explanation": f"{place_of(scene, expression.things)}.",
-        }
-        files.sentences += 1
-        # a reference without things has a group of its own: -1, -2, …
-        groups.setdefault(expression.things or (-sentence["sent_id"] - 1,), []).append(sentence)
-    for things, sentences in groups.items():
-        none = things[0] < 0
-        files.refs.add(
-            {
-                "ref_id": files.refs.count,
-                "ann_id": [] if none else annotation_id(number, things[0]),
-                "category_id": -1 if none else files.ids[scene.things[things[0]].shape],
-                "image_id": number,
-                "file_name": f"{number:012d}.png",
-                "split": files.split,
-                "sent_ids": [s["sent_id"] for s in sentences],
-                "sentences": sentences,
-            }
-        )
-
-
-def _write_talk(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
-    if files.split == "train":
-        asked = [*questions(scene, rng, QUESTIONS), *places(scene, rng, PLACES)]
-        conversations = [[asked[i] for i in rng.permutation(len(asked))]]
-    else:
-        conversations = [[question] for question in questions(scene, rng, VAL_QUESTIONS)]
-    for part, asked in enumerate(conversations):
-        files.talk.add(
-            {
-                "id": f"{number}-{part}",
-                "image": f"{number:012d}.png",
-                "question_type": asked[-1].type,
-                "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
-            }
-        )
-
-
-def _write_captions(files: _Files, scene: Scene, number: int, rng: np.random.Generator) -> None:
-    found = descriptions(scene, rng)
-    asked = [Question("description", *found[i]) for i in rng.permutation(len(found))]
-    files.captions.add(
-        {
-            "id": f"{number}",
-            "image": f"{number:012d}.png",
-            "question_type": "description",
-            "conversations": [turn for k, question in enumerate(asked) for turn in _turns(question, k == 0)],
-        }
-    )
 
 
 def _turns(question: Question, first: bool) -> list[dict[str, str]]:
