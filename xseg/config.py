@@ -187,6 +187,9 @@ class StageRecipe(Recipe):
     """Samples per rank and micro-batch."""
     accumulate: int = 1
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    muon: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Muon in place of AdamW for the matrices of hidden layers, at this multiple of their group's ``lr``. 0 = AdamW for
+    all (X-SAM). It needs whole matrices: one process, or several without ZeRO and FSDP2."""
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Longest gradient of a step; longer ones are scaled down to it. None are with a large number (1e9)."""
     schedule: Schedule = Schedule()

@@ -140,7 +140,7 @@ def child(
     if arranged is not None:
         plan = assemble.plan
         assemble.plan = lambda *given: Arranged(plan(*given), *arranged)
-        optim.adamw = sgd  # type: ignore[assignment]
+        optim.build = sgd  # type: ignore[assignment]
     if poisoned:
         poison(poisoned)
     status = main(arguments)
@@ -149,7 +149,7 @@ def child(
     os._exit(status)
 
 
-def sgd(model: torch.nn.Module, selections: Any, betas: Any) -> torch.optim.Optimizer:
+def sgd(model: torch.nn.Module, selections: Any, recipe: Any) -> torch.optim.Optimizer:
     """An optimiser in which a weight without a gradient stays where it is, and rounding does not grow."""
     parameters = dict(model.named_parameters())
     return torch.optim.SGD([{"params": [parameters[n] for n in s.names], "lr": s.group.lr} for s in selections])

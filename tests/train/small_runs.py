@@ -26,6 +26,7 @@ COMMON = [
     "schedule.warmup=0",
     "batch_size=2",
     "save_every=2",
+    "muon=0",
 ]
 SAMPLED = ("loss.points=sampled", "loss.num_points=64")
 

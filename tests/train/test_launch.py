@@ -23,8 +23,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_kill_nine_under_zero2(data: Path, tmp_path: Path) -> None:
-    settings = ("steps=40", "save_every=5", *SAMPLED)
+@pytest.mark.parametrize("muon", [0, 4])
+def test_kill_nine_under_zero2(muon: int, data: Path, tmp_path: Path) -> None:
+    settings = ("steps=40", "save_every=5", f"muon={muon}", *SAMPLED)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finished(launch("zero2", data, whole, *settings), whole)
     process = launch("zero2", data, cut, *settings)
@@ -39,9 +40,12 @@ def test_kill_nine_under_zero2(data: Path, tmp_path: Path) -> None:
     assert untimed(metrics(cut)) == untimed(metrics(whole))
 
 
-@pytest.mark.parametrize(("kind", "batch_size"), [("zero1", 4), ("zero3", 4), ("cpu2", 2), (FSDP2, 2)])
-def test_every_launcher_trains_the_same_run(kind: str, batch_size: int, data: Path, tmp_path: Path) -> None:
-    settings = ("steps=4", "loss.points=grid", "clip=1.0")
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "muon"),
+    [("zero1", 4, 0), ("zero3", 4, 0), ("cpu2", 2, 0), (FSDP2, 2, 0), ("zero2", 4, 4), ("cpu2", 2, 4)],
+)
+def test_every_launcher_trains_the_same_run(kind: str, batch_size: int, muon: int, data: Path, tmp_path: Path) -> None:
+    settings = ("steps=4", "loss.points=grid", "clip=1.0", f"muon={muon}")
     alone, other = tmp_path / "single", tmp_path / "other"
     finished(launch("single", data, alone, *settings, "batch_size=4"), alone)
     finished(launch(kind, data, other, *settings, f"batch_size={batch_size}"), other)

@@ -39,10 +39,12 @@ def train(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("muon", [0, 4])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(
-    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    muon: int, train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train("s1", tmp_path / "a", "steps=6", *SAMPLED) == 0
+    given = ("steps=6", f"muon={muon}", *SAMPLED)
+    assert train("s1", tmp_path / "a", *given) == 0
     whole, step = metrics(tmp_path / "a"), loop.Trainer.step
 
     def until_five(self: loop.Trainer, number: int, micros: list) -> dict:
@@ -52,10 +54,10 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Trainer, "step", until_five)
-        train("s1", tmp_path / "b", "steps=6", *SAMPLED)
+        train("s1", tmp_path / "b", *given)
     assert len(losses(tmp_path / "b")) == 5
     torch.manual_seed(99)
-    assert train("s1", tmp_path / "b", "steps=6", *SAMPLED, flags=["--resume", "auto"]) == 0
+    assert train("s1", tmp_path / "b", *given, flags=["--resume", "auto"]) == 0
     resumed = metrics(tmp_path / "b")
     assert untimed(resumed) == untimed(whole)
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from xseg.config import LrGroup, Schedule
+from xseg.config import LrGroup, Schedule, StageRecipe, load_recipe
 from xseg.errors import UserError
 from xseg.train import optim
+
+RECIPE = load_recipe(StageRecipe, "tiny/s1_segmentor", ["muon=0"])
 
 
 def model() -> nn.Module:
@@ -54,7 +56,7 @@ def test_vectors_can_be_spared_from_decay() -> None:
     net = model()
     groups = [LrGroup(match="encoder", lr=1e-3, weight_decay=0.1, decay_vectors=False), LrGroup(match="head", lr=1e-4)]
     chosen = optim.select(net, groups)
-    built = optim.adamw(net, chosen, (0.9, 0.98)).param_groups
+    built = optim.build(net, chosen, RECIPE.model_copy(update={"betas": (0.9, 0.98)})).param_groups
     shapes = [(g["lr"], g["weight_decay"], sorted(p.ndim for p in g["params"])) for g in built]
     assert shapes == [(1e-3, 0.1, [2]), (1e-3, 0.0, [1, 1, 1]), (1e-4, 0.05, [1, 2])]
     text = optim.table(net, chosen)
@@ -87,9 +89,8 @@ def test_cosine_falls_to_its_floor_and_step_at_its_milestones() -> None:
 
 def test_rates_keep_their_proportion() -> None:
     net = model()
-    optimizer = optim.adamw(
-        net, optim.select(net, [LrGroup(match="head", lr=1e-3), LrGroup(match=".*", lr=1e-4)]), (0.9, 0.9)
-    )
+    groups = [LrGroup(match="head", lr=1e-3), LrGroup(match=".*", lr=1e-4)]
+    optimizer = optim.build(net, optim.select(net, groups), RECIPE)
     base = [g["lr"] for g in optimizer.param_groups]
     optim.set_rates(optimizer, base, 0.5)
     optim.set_rates(optimizer, base, 0.25)

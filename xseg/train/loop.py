@@ -140,6 +140,7 @@ def train(stage: Stage, resume: str = "none") -> None:
     precision = launch.choose_precision(recipe)
     acc = launch.accelerator(recipe, precision)
     slim.check(launch.split_by(acc), recipe.adapters)
+    optim.check(recipe.muon, acc.is_fsdp2 or launch.uses_deepspeed(), acc.num_processes)
     watched = held_out(stage, skeleton, data.processor, launch.split_by(acc))
     plan = assemble.plan(stage, data, acc.num_processes)
     begin = 0
@@ -152,7 +153,7 @@ def train(stage: Stage, resume: str = "none") -> None:
         slim.register(acc, model)
     acc.print(optim.table(model, selections), *reports, f"precision {precision}", sep="\n", flush=True)
     launch.shard(acc, model, precision)
-    optimizer = optim.adamw(model, selections, recipe.betas)
+    optimizer = optim.build(model, selections, recipe)
     rates = [group["lr"] for group in optimizer.param_groups]
     queries, skipped = assemble.num_queries(config), Skipped(recipe.skip_nonfinite, partial(acc.print, flush=True))
     meter = Meter(acc.device)

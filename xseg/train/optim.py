@@ -1,4 +1,5 @@
-"""Which parameters learn, how fast, and how the learning rate moves: regex groups, AdamW, a schedule without state."""
+"""Which parameters learn, how fast, and how the learning rate moves: regex groups, AdamW or Muon, a schedule without
+state."""
 
 import math
 import re
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 
-from xseg.config import LrGroup, Schedule
+from xseg.config import LrGroup, Schedule, StageRecipe
 from xseg.errors import UserError, did_you_mean
+from xseg.train.muon import MuonAdamW, matrices
 
 WARMUP_START = 1e-5
 """Factor at step 0 of a warm-up (X-SAM's training, as in mmengine's linear warm-up)."""
@@ -70,19 +72,36 @@ def table(model: torch.nn.Module, selections: Sequence[Selection]) -> str:
     return "\n".join(lines)
 
 
-def adamw(model: torch.nn.Module, selections: Sequence[Selection], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """Build AdamW (decoupled weight decay, eps 1e-8) over the selected parameters."""
+def check(muon: float, split: bool, processes: int) -> None:
+    """Raise UserError where ``muon`` is asked for and a launch leaves no whole matrices: ``split`` over processes."""
+    if muon and split and processes > 1:
+        raise UserError(
+            f"muon = {muon:g} on {processes} processes under ZeRO or FSDP2: each has parts of matrices, and Muon needs "
+            "whole ones; launch one process, or use a file without DeepSpeed (cpu2.yaml), or write muon: 0"
+        )
+
+
+def build(model: torch.nn.Module, selections: Sequence[Selection], recipe: StageRecipe) -> torch.optim.Optimizer:
+    """Build AdamW (decoupled weight decay, eps 1e-8) over the selected parameters; ``muon`` takes the matrices."""
     parameters = dict(model.named_parameters())
+    hidden = matrices(model) if recipe.muon else set()
     groups: list[dict[str, Any]] = []
     for selection in selections:
-        chosen, entry = [parameters[n] for n in selection.names], selection.group
-        vectors = [p for p in chosen if p.ndim < 2 and not entry.decay_vectors]
-        kept = [p for p in chosen if p.ndim >= 2 or entry.decay_vectors]
+        entry, chosen = selection.group, selection.names
+        fast = [parameters[n] for n in chosen if n in hidden]
+        rest = [parameters[n] for n in chosen if n not in hidden]
+        vectors = [p for p in rest if p.ndim < 2 and not entry.decay_vectors]
+        kept = [p for p in rest if p.ndim >= 2 or entry.decay_vectors]
         for members, decay in ((kept, entry.weight_decay), (vectors, 0.0)):
             if members:
                 groups.append({"params": members, "lr": entry.lr, "weight_decay": decay})
+        if fast:
+            rate, shapes = entry.lr * recipe.muon, [tuple(p.shape) for p in fast]
+            groups.append({"params": fast, "lr": rate, "weight_decay": entry.weight_decay, "shapes": shapes})
+    if recipe.muon:
+        return MuonAdamW(groups, recipe.betas)
     # One kernel for all tensors of a group: on CPU a third of the time of the loop over tensors.
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
 
 
 def factor(step: int, total: int, schedule: Schedule) -> float:
