@@ -52,6 +52,11 @@ def test_checkpointing_trades_memory_for_flops(third: plan.Subject) -> None:
     assert (again.activations, again.flops) == (without.activations, without.flops), "a walk leaves nothing behind"
 
 
+def test_what_a_launch_would_refuse_is_not_planned(data: Path) -> None:
+    with pytest.raises(UserError, match=r"muon = 4 on 4 processes under ZeRO"):
+        plan.predict(stage("s1", data, "muon=4"), GPUS)
+
+
 def test_the_settings_that_fit_are_tried_from_the_cheapest(data: Path) -> None:
     subject = plan.Subject(stage("s1", data, "batch_size=4"), on_cpu=False)
     given = plan.Setting(2, 4, 1, False)

@@ -194,6 +194,7 @@ def need_of(stage: Stage, asked: Asked, zero: int) -> Need:
 
 def predict(stage: Stage, asked: Asked) -> Prediction:
     """Walk a stage and say what it needs on a machine. Raises UserError for what is wrong in its recipes."""
+    optim.check(stage.recipe.muon, True, asked.gpus)
     subject, given = Subject(stage, on_cpu=asked.gpus == 0), _as_given(stage, 2 if asked.gpus else 0)
     if not asked.gpus:
         cost = subject.walk(given.batch_size, given.checkpointing)
