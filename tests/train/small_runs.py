@@ -61,10 +61,13 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 
 def launch(kind: str, data: Path, out: Path, *settings: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start stage 1 in a process group of its own; ``kind``: a launch file's name, and options of the launcher."""
+    """Start stage 1 in a process group of its own; ``kind``: a launch file's name, and options of the launcher; or
+    "torchrun", two processes of it."""
     name, *options = kind.split()
     config = str(ROOT / f"train_stages/accelerate/{name}.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *options]
+    if name == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "xseg.train"]
     stage = [str(TINY / "s1_segmentor.yaml"), "--set", SMALL, f"out={out}", f"data_root={data}", *COMMON, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -151,5 +151,5 @@ def test_parts_of_matrices_are_refused() -> None:
     optim.check(4.0, split=True, processes=1)
     optim.check(4.0, split=False, processes=2)
     optim.check(0.0, split=True, processes=8)
-    with pytest.raises(UserError, match=r"muon = 4 on 2 processes.*cpu2\.yaml.*muon: 0"):
+    with pytest.raises(UserError, match=r"muon = 4 on 2 processes.*torchrun --nproc-per-node 2 .*muon: 0"):
         optim.check(4.0, split=True, processes=2)

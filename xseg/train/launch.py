@@ -49,6 +49,8 @@ def accelerator(recipe: StageRecipe, precision: Precision) -> Accelerator:
     grouped = world > 1 or uses_deepspeed() or uses_fsdp()
     handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=WAIT)] if grouped else []
     acc = Accelerator(
+        # else the processes of a bare torchrun on CPU have one group, but share nothing through it
+        cpu=on_cpu and not (uses_deepspeed() or uses_fsdp()),
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.accumulate,
         deepspeed_plugin=_plugin(recipe, precision) if uses_deepspeed() else None,

@@ -77,7 +77,7 @@ def check(muon: float, split: bool, processes: int) -> None:
     if muon and split and processes > 1:
         raise UserError(
             f"muon = {muon:g} on {processes} processes under ZeRO or FSDP2: each has parts of matrices, and Muon needs "
-            "whole ones; launch one process, or use a file without DeepSpeed (cpu2.yaml), or write muon: 0"
+            f"whole ones; launch one, or torchrun --nproc-per-node {processes} -m xseg.train (DDP), or write muon: 0"
         )
 
 
