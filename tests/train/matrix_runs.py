@@ -129,8 +129,6 @@ def child(
         os.environ.update(FSDP)
     elif split.zero:
         os.environ.update(ENVIRONMENT, ACCELERATE_DEEPSPEED_ZERO_STAGE=str(split.zero))
-    else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     if split.zero or split.world > 1:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": split.world, "LOCAL_WORLD_SIZE": split.world}
         os.environ.update({k: str(v) for k, v in (ranks | {"MASTER_PORT": port}).items()}, MASTER_ADDR="127.0.0.1")

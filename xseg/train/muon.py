@@ -19,6 +19,9 @@ MOMENTUM = 0.95
 ADAM_SIZE = 0.2
 """Root mean square of AdamW's steps over its rate, which Muon's are given too (Liu et al., 2025): rates carry over."""
 
+OUTPUTS = ("class_head.predictor", "pixel_classifier")
+"""Modules that give out classes."""
+
 
 def matrices(model: nn.Module) -> set[str]:
     """Names of the weights that lead from hidden states to hidden states: no embeddings, words or classes."""
@@ -29,9 +32,6 @@ def matrices(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module) not in outputs and not name.endswith(OUTPUTS)
     }
-
-
-OUTPUTS = ("class_head.predictor", "pixel_classifier")
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        # One kernel for all tensors of a group: on CPU a third of the time of the loop over tensors.
+        # It steps over the groups and the state of this optimizer; a tensor of its own it must have.
         self.adamw = torch.optim.AdamW([nn.Parameter(torch.empty(0))], betas=betas, fused=True)
         super().__init__(groups, self.adamw.defaults)
 
