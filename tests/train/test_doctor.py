@@ -120,6 +120,10 @@ def frozen_words(settings: list[str], tmp_path: Path, patch: pytest.MonkeyPatch)
     return faults([*settings, "trainable=[{match: 'segmentor', lr: 1.0e-4}, {match: 'llm_projector', lr: 1.0e-4}]"])
 
 
+def parted_matrices(settings: list[str], tmp_path: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
+    return faults([*settings, "muon=4"], launch="cpu2")
+
+
 def little_memory(settings: list[str], tmp_path: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
     patch.setattr(doctor, "memory", lambda: 1e6)
     return faults(settings)
@@ -166,6 +170,7 @@ PLANTED = [
     (other_words, "vocabulary", "32014 rows"),
     (lost_data, "data", "nowhere"),
     (useless_regex, "trainable", "did you mean 'segmentor'"),
+    (parted_matrices, "trainable", "muon = 4 on 2 processes under ZeRO"),
     (frozen_words, "embeddings", "would stay random"),
     (little_memory, "memory", "activations 0."),
     (alone_in_silence, "launch", "one process in silence"),

@@ -77,7 +77,7 @@ def _stage(stage: Stage, processes: int, zero: int) -> Iterator[Finding]:
     yield _tried("data", partial(assemble.load_data, stage))[0]
     if parts.fault:
         return
-    finding, model = _tried("trainable", partial(selected, stage, processor))
+    finding, model = _tried("trainable", partial(selected, stage, processor, processes, zero))
     yield finding
     if model is not None:
         yield _tried("embeddings", partial(embeddings, stage, model))[0]
@@ -164,8 +164,9 @@ def vocabulary(stage: Stage, processor: XSegProcessor) -> None:
         check_vocabulary(folder, read_config(folder), len(processor.encoder.tokenizer))
 
 
-def selected(stage: Stage, processor: XSegProcessor) -> XSegModel:
-    """The stage's model without memory for its weights, frozen as the stage says. UserError for a regex in vain."""
+def selected(stage: Stage, processor: XSegProcessor, processes: int, zero: int) -> XSegModel:
+    """The stage's model without memory for its weights, frozen as the stage says. UserError for a regex in vain, or Muon in parts."""
+    optim.check(stage.recipe.muon, zero > 0, processes)
     recipe, encoder = stage.recipe, processor.encoder
     special = encoder.special if encoder else None
     words = len(encoder.tokenizer) if encoder else None
