@@ -165,7 +165,10 @@ def vocabulary(stage: Stage, processor: XSegProcessor) -> None:
 
 
 def selected(stage: Stage, processor: XSegProcessor, processes: int, zero: int) -> XSegModel:
-    """The stage's model without memory for its weights, frozen as the stage says. UserError for a regex in vain, or Muon in parts."""
+    """The stage's model without memory for its weights, frozen as the stage says.
+
+    UserError for a regex in vain, and for Muon where the launch parts matrices.
+    """
     optim.check(stage.recipe.muon, zero > 0, processes)
     recipe, encoder = stage.recipe, processor.encoder
     special = encoder.special if encoder else None
