@@ -1,4 +1,4 @@
-"""Train the miniature SigLIP: ``python examples/tiny_parts/siglip.py --out DIR``; only its vision tower is kept.
+"""Train the miniature SigLIP: ``python examples/tiny_parts/siglip.py --out DIR``.
 
 Image and text towers with SigLIP's sigmoid loss on every (picture, caption) pair of a batch. Captions name one thing by
 some of its attributes and, half of the time, the square it stands on, or count things; the truth of every pair is
@@ -8,6 +8,7 @@ words of a board (``xseg.data.shapeworld.board``) in the same way. Scenes: seed 
 uses; half of them hold a held-out shape, none a held-out pair.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,7 @@ class Siglip(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vision = SiglipEncoder(vision_config(), READ)
-        self.text = SiglipTextModel(
-            SiglipTextConfig(
-                vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=LONGEST, projection_size=128,
-            )
-        )  # fmt: skip
+        self.text = SiglipTextModel(text_config(vocabulary))
         # Cosines, as of captions: each word of a row must take its share of it. Of plain products a small one does, and
         # where a square lies, then 9 % of the rows' variance and not 30, is what stage 2 did not find.
         self.words = nn.Embedding(len(WORDS), 128)
@@ -198,6 +194,14 @@ def vision_config() -> SiglipConfig:
     return SiglipConfig(
         stem="residual", image_size=SIDE, patch_size=SIDE // SQUARES_A_SIDE, hidden_size=128, intermediate_size=384,
         num_hidden_layers=4, num_attention_heads=4,
+    )  # fmt: skip
+
+
+def text_config(vocabulary: int) -> SiglipTextConfig:
+    """Return the architecture of the text tower: SigLIP's, in small."""
+    return SiglipTextConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=LONGEST, projection_size=128, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
 
 
@@ -256,19 +260,29 @@ def main() -> None:
     trained = train(model, plan, batches, loss_of, Check(batches, 500), work)
     if batches.rank:
         return
-    # the pooling head served the captions; what a language model reads lies before it
-    kept = {n: v for n, v in trained.vision.state_dict().items() if not n.startswith("head.")}
-    state = {f"vision_model.{name}": value for name, value in kept.items()}
-    settings = vision_config().to_dict() | {"architectures": ["SiglipVisionModel"], "vision_use_head": False}
-    settings["model_type"] = "siglip_vision_model"
-    save(given.out, settings, state, card(CARD, plan, work), work)
+    towers = {"vision_model": trained.vision, "text_model": trained.text}
+    state = {f"{name}.{key}": value for name, tower in towers.items() for key, value in tower.state_dict().items()}
+    # the words of squares have served; those of captions are SigLIP's own
+    state |= {"logit_scale": trained.scales[:1], "logit_bias": trained.biases[:1]}
+    configs = {"vision_config": vision_config().to_dict(), "text_config": text_config(len(batches.tokenizer)).to_dict()}
+    configs["vision_config"]["model_type"] = "siglip_vision_model"
+    save(
+        given.out,
+        {"architectures": ["SiglipModel"], "model_type": "siglip", **configs},
+        state,
+        card(CARD, plan, work),
+        work,
+    )
+    for file in PHI.glob("tokenizer*.json"):
+        shutil.copyfile(file, given.out / file.name)
 
 
-CARD = f"""# siglip: a miniature SigLIP vision tower of ShapeWorld
+CARD = f"""# siglip: a miniature SigLIP of ShapeWorld
 
-SigLIP's architecture (4 layers of 128, patches of 16 pixels at 96 x 96) with a residual convolutional stem in the place
-of the patch embedding (`stem: residual` in config.json), without its pooling head, which served the captions and lies
-behind everything that a language model reads. The text tower was dropped.
+SigLIP's architecture with a residual convolutional stem in the place of the patch embedding (`stem: residual` in
+config.json): a vision tower (4 layers of 128, patches of 16 pixels at 96 x 96), whose rows a language model reads, and
+a text tower (2 layers of 128, texts of {LONGEST} tokens, phi's tokenizer), which names what the pooling head sees under
+a mask (`xseg names`).
 
 * Scenes: seed {SEED} of ShapeWorld's split "parts", which no stage and no suite uses; half of them with a held-out
   shape (heart, arrow), none with a held-out pair (purple triangle, yellow ring).

@@ -9,7 +9,7 @@ from PIL import Image
 from xseg.errors import UserError
 from xseg.geometry.masks import encode
 from xseg.geometry.views import ViewSizes
-from xseg.infer.processing import XSegProcessor, learnt_by
+from xseg.infer.processing import XSegProcessor, stated
 from xseg.types import Formatted, Query, Turn, VisualPrompt
 
 TURNS = (Turn("user", "<image>\nPlease segment <p>the circle</p>."), Turn("assistant", "It is <SEG>."))
@@ -17,12 +17,13 @@ TURNS = (Turn("user", "<image>\nPlease segment <p>the circle</p>."), Turn("assis
 
 def test_saved_and_loaded_processor_makes_the_same_batch(tmp_path: Path) -> None:
     processor = XSegProcessor(
-        encoder(), ViewSizes(64, 32, "pad_square"), speaks_first=["refer_seg"], learnt=["refer_seg"]
+        encoder(), ViewSizes(64, 32, "pad_square"), speaks_first=["refer_seg"], learnt=["refer_seg"], named=["bar"]
     )
     processor.save_pretrained(tmp_path)
     again = XSegProcessor.from_pretrained(tmp_path)
-    assert again.sizes == processor.sizes and again.learnt == learnt_by(tmp_path) == ["refer_seg"]
-    assert learnt_by(tmp_path / "weights alone") is None
+    assert again.named == stated(tmp_path, "named") == ["bar"] and again.names is None
+    assert again.sizes == processor.sizes and again.learnt == stated(tmp_path, "learnt") == ["refer_seg"]
+    assert stated(tmp_path / "weights alone", "learnt") is None
     assert [again.own_options(t)["answer"] for t in ("refer_seg", "reason_seg")] == ["generated", "given"]
     assert again.encoder is not None and again.encoder.max_tokens == 512
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))

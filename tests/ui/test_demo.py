@@ -50,6 +50,9 @@ def test_every_task_is_written_trained_and_scored(tmp_path: Path) -> None:
     assert stage.mixture == "shapes_s3_all" and str(last.makes.parent).endswith("s3/final")
     suites = [step.command[step.command.index("--suite") + 1] for step in demo.evaluation()]
     assert suites == ["shapes", "shapes_all"], "a fixed label list cannot name what is not on it"
+    (naming,) = demo.naming()
+    assert naming.command[2] == str(last.makes.parent) and naming.makes.parent.parent == last.makes.parent
+    assert not made(tmp_path).naming(), "no name of the plain demo is new"
 
 
 def test_new_weights_of_a_pretrained_part_do_the_stages_anew(tmp_path: Path) -> None:

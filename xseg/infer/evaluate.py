@@ -22,6 +22,7 @@ from xseg.data.collate import collate
 from xseg.data.dataset import Dataset, Preparation, load_dataset
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
+from xseg.infer import naming
 from xseg.infer.baselines import blind_guess, samples
 from xseg.infer.predictor import LEAST_SCORE, Predictor, device
 from xseg.infer.ranks import ALONE, Ranks
@@ -178,6 +179,9 @@ def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> l
     else:
         shared = share_images(batch, [name for sample in encoded for name in sample.names])
         texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(shared)
+        if dataset.task.recognises:
+            asked = [s.categories.names if s.categories else () for s in found]
+            output = predictor.recognised(shared, output, asked)
     places = zip(queries, _geometries(encoded), texts, strict=True)
     return [
         (sample, dataset.task.decode(output, rows, sample, g, text))
@@ -305,7 +309,8 @@ def _merged(
     split = load_recipe(DataRecipe, row.recipe).split
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
-    note = labels + dataset.task.note + _chosen_on(predictor, row, dataset)
+    by_siglip = naming.NOTE if dataset.task.recognises and predictor.names is not None else ""
+    note = labels + dataset.task.note + _chosen_on(predictor, row, dataset) + by_siglip
     table = [_table_row(head, score, score.protocol + note, row) for m in metrics for score in m.compute()]
     return table + (_blind_rows(dataset, head, row) if run.blind else [])
 

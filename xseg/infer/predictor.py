@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from xseg import postprocess
 from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.geometry.views import read_image
-from xseg.infer import request
+from xseg.infer import naming, request
 from xseg.infer.processing import XSegProcessor
-from xseg.models import adapters, checkpoint
+from xseg.models import adapters, checkpoint, names
 from xseg.models.generation import Generated
+from xseg.models.names import Names
 from xseg.paths import default_model, shipped
 from xseg.tasks import interactive_seg, phrasing, spoken
 from xseg.tokens import IMAGE, REGION
@@ -70,6 +72,17 @@ class Predictor:
     def __init__(self, model: Any, processor: XSegProcessor) -> None:
         self.model, self.processor = model, processor
 
+    @cached_property
+    def names(self) -> Names | None:
+        """The SigLIP that names objects too, where the model has one (``xseg names``)."""
+        folder = self.processor.names
+        return None if folder is None else names.load(folder).to(device(self.model))
+
+    def recognised(self, batch: Batch, output: ModelOutput, asked: Sequence[Sequence[str]]) -> ModelOutput:
+        """``naming.recognised``, where the model has such a SigLIP; ``asked`` (Q): the names of every query, or ()."""
+        made = self.names
+        return output if made is None else naming.recognised(made, self.processor.named, batch, output, asked)
+
     @torch.inference_mode()
     def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: float | None = None) -> Result:
         """Find what ``text`` names: a phrase (one mask), or a list of names that compete for objects.
@@ -88,7 +101,8 @@ class Predictor:
             asked = request.categories(text)
         views = self.processor.sizes.views(opened(image))
         task = "refer_seg" if isinstance(text, str) and asked.regions is None else ""
-        output = self._output(task, views, asked.text, Query(0, tuple(range(len(asked.phrases)))))
+        competing = () if task else asked.phrases
+        output = self._output(task, views, asked.text, Query(0, tuple(range(len(asked.phrases)))), names=competing)
         logits = output.mask_logits[-1, 0], output.class_logits[-1, 0]
         reject = self.processor.reject if reject is None else reject
         found = choose(*logits, views.geometry, asked.phrases, reject=reject, regions=asked.regions)
@@ -103,10 +117,17 @@ class Predictor:
         return self.model.generate(batch, max_new_tokens=most, stop_ids=stop_ids, features=features)  # type: ignore[no-any-return]
 
     def _output(
-        self, task: str, views: ImageViews, text: str, query: Query, prompts: tuple[VisualPrompt, ...] = ()
+        self,
+        task: str,
+        views: ImageViews,
+        text: str,
+        query: Query,
+        prompts: tuple[VisualPrompt, ...] = (),
+        names: Sequence[str] = (),
     ) -> ModelOutput:
-        """The masks of one query. A model that speaks first in ``task`` answers itself, as far as its words have one
-        ``<SEG>`` and no spans of their own; else the answer is given."""
+        """The masks of one query, whose concepts are ``names`` where those compete. A model that speaks first in
+        ``task`` answers itself, as far as its words have one ``<SEG>`` and no spans of their own; else the answer is
+        given."""
         ask = Turn("user", f"{IMAGE}\n{text}")
         if task in self.processor.speaks_first:
             batch = self._batch(views, Formatted((ask,), (query,), prompts))
@@ -115,7 +136,8 @@ class Predictor:
             if made.output is not None and spoken.answers(made.queries[0], said):
                 return made.output
         given = Formatted((ask, Turn("assistant", phrasing.ANSWER[0])), (query,), prompts)
-        return self.model(self._batch(views, given))  # type: ignore[no-any-return]
+        batch = self._batch(views, given)
+        return self.recognised(batch, self.model(batch), (names,))
 
     def _batch(self, views: ImageViews, formatted: Formatted) -> Batch:
         waits = formatted.turns[-1].role == "user"

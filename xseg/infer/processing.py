@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,12 +19,15 @@ from xseg.errors import UserError
 from xseg.geometry.masks import on_canvas
 from xseg.geometry.views import ViewSizes
 from xseg.models.build import sides
+from xseg.models.names import FOLDER as NAMES
 from xseg.paths import find
 from xseg.tasks.refer_seg import LEAST
 from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
 from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks
 
 FILE, TEMPLATE = "xseg_processor.json", "chat_template.jinja"
+STATED = ("learnt", "named")
+"""Keys of what a model was trained on, its earlier stages too."""
 AFTER_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ") ")
 
 
@@ -48,6 +52,8 @@ class XSegProcessor:
     ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
     ``speaks_first``: tasks in which the model learnt to say before a mask what the mask may read: there it finds its
     answers itself. ``learnt``: every task that it was trained on, in the stages before too; None = not known.
+    ``named``: every category that its training data have, likewise. ``names``: the folder of SigLIP's text tower, where
+    the model has one (``xseg names``).
     """
 
     def __init__(
@@ -57,10 +63,13 @@ class XSegProcessor:
         calibration: Calibration | None = None,
         speaks_first: Sequence[str] = (),
         learnt: Sequence[str] | None = None,
+        named: Sequence[str] | None = None,
+        names: Path | None = None,
     ) -> None:
         self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
         self.speaks_first = list(speaks_first)
         self.learnt = None if learnt is None else list(learnt)
+        self.named, self.names = None if named is None else list(named), names
 
     @property
     def reject(self) -> float:
@@ -86,25 +95,29 @@ class XSegProcessor:
             fields = json.loads(path.read_text(encoding="utf8"))
             sizes = ViewSizes(fields["mask_size"], fields["llm_size"], fields["llm_mode"])
             max_tokens, chosen = fields["max_tokens"], fields.get("calibration")
-            speaks_first, learnt = fields.get("speaks_first", ()), fields.get("learnt")
+            speaks_first = fields.get("speaks_first", ())
+            trained = {key: fields.get(key) for key in STATED}
             calibration = None if chosen is None else Calibration(**chosen)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: no {FILE} here; give the `final` folder of a stage") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
         if max_tokens is None:
-            return cls(None, sizes, calibration, learnt=learnt)
+            return cls(None, sizes, calibration, **trained)
         template = (Path(folder) / TEMPLATE).read_text(encoding="utf8")
         encoder = Encoder(_tokenizer(Path(folder), _llm_config(Path(folder))), template, max_tokens)
-        return cls(encoder, sizes, calibration, speaks_first, learnt)
+        names = Path(folder) / NAMES
+        return cls(encoder, sizes, calibration, speaks_first, **trained, names=names if names.is_dir() else None)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, chat_template.jinja and xseg_processor.json into ``folder``."""
+        """Write the tokenizer's files, chat_template.jinja, xseg_processor.json and ``names`` into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.encoder is not None:
             self.encoder.tokenizer.save_pretrained(folder)
             (folder / TEMPLATE).write_text(self.encoder.template, encoding="utf8")
+        if self.names is not None and self.names.resolve() != (folder / NAMES).resolve():
+            shutil.copytree(self.names, folder / NAMES, dirs_exist_ok=True)
         (folder / FILE).write_text(self.fields(), encoding="utf8")
 
     def fields(self) -> str:
@@ -117,6 +130,7 @@ class XSegProcessor:
             "calibration": None if self.calibration is None else dataclasses.asdict(self.calibration),
             "speaks_first": self.speaks_first,
             "learnt": self.learnt,
+            "named": self.named,
         }
         return json.dumps(fields, indent=1) + "\n"
 
@@ -163,16 +177,16 @@ class XSegProcessor:
         return np.asarray(on_canvas(masks, [0], views.geometry)[0])
 
 
-def learnt_by(folder: Path) -> list[str] | None:
-    """The tasks that the model of a folder was trained on; None where it does not say."""
+def stated(folder: Path, key: str) -> list[str] | None:
+    """What the model of a folder was trained on, by a key of ``STATED``; None where it does not say."""
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf8")).get("learnt")
+        found = json.loads(path.read_text(encoding="utf8")).get(key)
     except FileNotFoundError:
         return None  # weights alone
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); save the model again") from error
-    return None if found is None else [str(task) for task in found]
+    return None if found is None else [str(value) for value in found]
 
 
 def _encoder_from_recipe(recipe: ModelRecipe) -> Encoder:

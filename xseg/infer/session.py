@@ -97,7 +97,10 @@ class Session:
         phrases, regions = (written, None) if written else (asked.phrases, asked.regions)
         if phrases and made.output is not None and len(made.queries[0]) == 1:
             row = made.queries[0][0]
-            logits = made.output.mask_logits[-1, row], made.output.class_logits[-1, row]
+            # a phrase alone, and phrases of the model's own words, are no names that compete
+            competing = () if written or len(phrases) == 1 else phrases
+            output = self.predictor.recognised(made.batch, made.output, [()] * row + [competing])
+            logits = output.mask_logits[-1, row], output.class_logits[-1, row]
             reject = self.predictor.processor.reject
             found = choose(*logits, self._views.geometry, phrases, reject=reject, regions=regions)
             segments = self._per_phrase(found, phrases)

@@ -51,11 +51,21 @@ def sample_regions(
 
 def on_image(xy: Tensor, image: Tensor, views: Sequence[ViewGeometry]) -> Tensor:
     """(P, n, 2) x, y in 0..1 of the canvas -> of what the language model sees of the images (P,); ``views`` of all."""
-    offset = xy.new_tensor([v.offset[::-1] for v in views])
-    scaled = xy.new_tensor([v.scaled[::-1] for v in views])
-    canvas = xy.new_tensor([v.canvas for v in views])
+    canvas, offset, scaled, share = (t[image, None] for t in _affine(xy, views))
+    return ((xy * canvas + offset) / scaled - 0.5) * share + 0.5
+
+
+def on_canvas(xy: Tensor, views: Sequence[ViewGeometry]) -> Tensor:
+    """Inverse of ``on_image``: (n, 2) x, y of what the language model sees -> (I, n, 2) of the canvas of each image."""
+    canvas, offset, scaled, share = (t[:, None] for t in _affine(xy, views))
+    return (((xy - 0.5) / share + 0.5) * scaled - offset) / canvas
+
+
+def _affine(like: Tensor, views: Sequence[ViewGeometry]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, y of every view: side of the canvas, pixels cut off, pixels of the image, and its share of a square (I, 2)."""
+    offset = like.new_tensor([v.offset[::-1] for v in views])
+    scaled = like.new_tensor([v.scaled[::-1] for v in views])
+    canvas = like.new_tensor([(v.canvas, v.canvas) for v in views])
     # of the side of the square, where the image stands in the middle of one
-    size = xy.new_tensor([(1, 1) if v.squashed else v.original[::-1] for v in views])
-    share = size / size.amax(1, keepdim=True)
-    within = (xy * canvas[image, None, None] + offset[image, None]) / scaled[image, None]
-    return (within - 0.5) * share[image, None] + 0.5
+    size = like.new_tensor([(1, 1) if v.squashed else v.original[::-1] for v in views])
+    return canvas, offset, scaled, size / size.amax(1, keepdim=True)

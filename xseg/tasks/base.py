@@ -16,6 +16,9 @@ class Base:
     name: ClassVar[str]
     scores_text: ClassVar[bool] = False
     """Whether a model without masks (stage 2) can be scored too."""
+    recognises: ClassVar[bool] = False
+    """Whether each sample has one query, of the sample's categories, whose names may be new to the model: SigLIP's text
+    tower then names objects too, where the model has one."""
     max_new_tokens: ClassVar[int] = 128
     """Longest answer of an evaluation that generates."""
     donors = 0

@@ -40,6 +40,7 @@ class Task(generic_seg.Task):
     """Names among them that no training data give a mask: PQ, SQ and RQ of these alone are reported too."""
 
     name: ClassVar[str] = "open_vocab_seg"
+    recognises: ClassVar[bool] = True
 
     def view(self, sample: Sample) -> Sample:
         """Return the sample with the vocabulary as its categories. Raises UserError when one of ``unseen`` is none."""

@@ -11,7 +11,7 @@ from xseg.config import DataRecipe, load_recipe
 from xseg.data.dataset import Dataset, Preparation
 from xseg.data.mixture import Alike, Plan, alike, load_mixture
 from xseg.errors import UserError
-from xseg.infer.processing import XSegProcessor, learnt_by
+from xseg.infer.processing import XSegProcessor, stated
 from xseg.losses.criterion import Criterion
 from xseg.models import adapters
 from xseg.models.build import build_config, build_model, load_parts
@@ -48,20 +48,22 @@ def load_data(stage: Stage) -> Data:
         _check_first_image(dataset)
         _check_head(stage, dataset)
     processor.speaks_first = sorted({dataset.task.name for dataset in datasets if dataset.task.speaks_first})
-    processor.learnt = _learnt(stage, datasets)
+    processor.learnt = _with_earlier(stage, "learnt", {dataset.task.name for dataset in datasets})
+    lists = [dataset.source.categories for dataset in datasets]
+    processor.named = _with_earlier(stage, "named", {name for c in lists if c for name in c.names})
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
     return Data(processor, datasets, factors, labels, alike(stage.mixture, datasets))
 
 
-def _learnt(stage: Stage, datasets: Sequence[Dataset]) -> list[str] | None:
-    """The tasks of this mixture and of the stages before; None where one of those does not say."""
-    tasks = {dataset.task.name for dataset in datasets}
+def _with_earlier(stage: Stage, key: str, own: set[str]) -> list[str] | None:
+    """What this mixture and the stages before trained on; None where one of those does not say."""
+    found = set(own)
     for earlier in stage.recipe.init_from:
-        before = learnt_by(Path(earlier).expanduser())
+        before = stated(Path(earlier).expanduser(), key)
         if before is None:
             return None
-        tasks.update(before)
-    return sorted(tasks)
+        found.update(before)
+    return sorted(found)
 
 
 def _check_first_image(dataset: Dataset) -> None:

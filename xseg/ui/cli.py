@@ -162,6 +162,22 @@ def import_command(
     import_checkpoint(Import(source, out, recipe, tokenizer, lora_alpha), Console(highlight=False))
 
 
+@app.command("names")
+def names_command(
+    model: Annotated[Path, typer.Argument(help="The `final` folder of a stage 3.")],
+    siglip: Annotated[Path, typer.Option("--from", help="A whole SigLIP, text tower too, in transformers' layout.")],
+    template: Annotated[
+        str, typer.Option(help="What SigLIP reads of a name, for which {} stands.")
+    ] = "This is a photo of {}.",
+) -> None:
+    """Let a model name what it never saw a mask of: SigLIP's texts beside it, nothing trained."""
+    from rich.console import Console
+
+    from xseg.ui.naming import add_names
+
+    add_names(model, siglip, template, Console(highlight=False))
+
+
 @app.command("report")
 def report_command(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/demo.")],

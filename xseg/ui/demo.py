@@ -66,7 +66,7 @@ class Demo:
             raise UserError(f"--recipe {recipe}: {folder} holds no stages (s1….yaml, s2….yaml, …)")
         self.suite, self.task_images = SUITES.get(folder.name, "shapes"), TASK_IMAGES.get(folder.name, 0)
         recipes = find("mixtures", FOLDERS[DataRecipe], suffix="").parent
-        parts = [part for path in self.stages for part in pretrained(path)]
+        parts = [part for path in self.stages for part in pretrained(path).values()]
         suites = [find(name, FOLDERS[Suite]) for name in (self.suite, LABEL_SUITES.get(self.suite, self.suite))]
         self.made_by = fingerprint((folder.parent, recipes, *suites, *parts))
         self.record = out / "demo.json"
@@ -79,7 +79,7 @@ class Demo:
         began = time.monotonic()
         precheck(self.out)
         make_folder(self.out)
-        for step in [*self.training(), *self.evaluation()]:
+        for step in [*self.training(), *self.naming(), *self.evaluation()]:
             self.do(step)
         self.do(self.talk())
         results = self.merge()
@@ -106,6 +106,15 @@ class Demo:
             flags = tuple(word for setting in settings for word in ("--set", setting))
             steps.append(Step(out.name, (*launch, *flags, "--resume", "auto"), out / "final/config.json"))
         return steps
+
+    def naming(self) -> list[Step]:
+        """SigLIP's texts beside the final model, where the suite asks for names that no mask was trained for."""
+        siglip = pretrained(self.stages[-1]).get("siglip")
+        if not self.task_images or siglip is None:
+            return []
+        model = self.out / stage_name(self.stages[-1]) / "final"
+        command = ("xseg", "names", str(model), "--from", str(siglip), "--template", "{}")
+        return [Step("names", command, model / "names/names.json")]
 
     def evaluation(self) -> list[Step]:
         """The first stage's label head, where it is not the only stage, and the final model."""
@@ -206,14 +215,14 @@ class Demo:
         raise UserError(f"suite {self.suite}: no phrase that names something; add a referring data set")
 
 
-def pretrained(stage: Path) -> list[Path]:
+def pretrained(stage: Path) -> dict[str, Path]:
     """The folders of the pretrained parts that a stage starts from, those that exist; training names a lost one."""
     model = read_stage(str(stage), ["init_from=[]"]).model  # the stages before have not run yet
-    folders = [getattr(model, part).get("pretrained") for part in ("sam", "siglip", "llm")]
-    out = []
-    for name in filter(None, folders):
+    out: dict[str, Path] = {}
+    for part in ("sam", "siglip", "llm"):
+        name = getattr(model, part).get("pretrained")
         with suppress(UserError):
-            out.append(find(str(name), FOLDERS[ModelRecipe], suffix=""))
+            out |= {part: find(str(name), FOLDERS[ModelRecipe], suffix="")} if name else {}
     return out
 
 
