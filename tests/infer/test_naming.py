@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import LOUD, oracle
+from oracle import LOUD, oracle, shapes
 from PIL import Image
 
+from xseg.config import Suite, SuiteRow, TaskSpec
 from xseg.data.shapeworld.draw import draw
 from xseg.data.shapeworld.world import SHAPES, split_scene
 from xseg.errors import UserError
 from xseg.geometry.views import ViewSizes
 from xseg.infer import naming
+from xseg.infer.evaluate import Evaluation, evaluate
 from xseg.infer.predictor import Predictor
 from xseg.infer.processing import XSegProcessor
 from xseg.models import names
@@ -128,3 +130,18 @@ def test_what_cannot_get_names_is_told_and_left_as_it_was(
 def test_a_missing_siglip_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--from .*gone: no such folder"):
         naming.add(folder, tmp_path / "gone", "{}")
+
+
+def test_only_open_vocabulary_is_scored_with_names(folder: Path, tmp_path: Path) -> None:
+    """Their protocol says so; the masks, and so the oracle's perfect score of what it knows, stay."""
+    naming.add(folder, TINY, "{}")
+    predictor = oracle()
+    predictor.processor = XSegProcessor.from_pretrained(folder)
+    root, kept = shapes(tmp_path), ("oracle IoU", "PQ")
+    tasks = [TaskSpec(name=name, outputs=["panoptic"]) for name in ("generic_seg", "open_vocab_seg")]
+    rows = [SuiteRow(recipe="shapes/panoptic_val", task=task) for task in tasks]
+    results = evaluate(predictor, Suite(name="test", rows=rows), Evaluation(root, tmp_path / "out", blind=False))
+    for row in (r for r in results["rows"] if r["metric"] in kept):
+        assert (naming.NOTE in row["protocol"]) == (row["task"] == "open_vocab_seg")
+        assert row["value"] == pytest.approx(100, abs=0.01) or row["task"] == "open_vocab_seg"
+    assert predictor.names is predictor.names, "opened once"
