@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import SiglipVisionModel
+from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 
 from xseg.errors import UserError
 from xseg.models import names
@@ -110,6 +110,36 @@ def test_texts_are_siglips_own_and_read_once() -> None:
         made.text = None  # another reading would fail
         assert torch.equal(made.told(["Arrow"])[0], first[1])
     assert made.scale == pytest.approx(32.5, abs=0.2)
+
+
+def test_a_folder_of_transformers_own_answers_as_it_does(tmp_path: Path) -> None:
+    """SiglipModel as upstream saves it, with a picture of 32 pixels that patches of 14 do not fill."""
+    vision = {"image_size": 32, "patch_size": 14, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text = {
+        "vocab_size": 866,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "projection_size": 32,
+    }
+    heads = {"num_attention_heads": 4}
+    text |= {"max_position_embeddings": 9, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    torch.manual_seed(0)
+    whole = SiglipModel(SiglipConfig(vision_config=vision | heads, text_config=text | heads)).eval()
+    whole.save_pretrained(tmp_path)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    made = names.load(tmp_path, "the {}")
+    words = ["red heart", "arrow"]
+    ids = made.tokenizer([f"the {w}" for w in words], padding="max_length", max_length=9, return_tensors="pt").input_ids
+    pixels, view = torch.randn(2, 3, 32, 32), ViewGeometry((50, 50), (64, 64), 64)
+    with torch.inference_mode():
+        theirs = whole(input_ids=ids, pixel_values=pixels)
+        seen = made.seen(pixels, torch.full((2, 1, 16, 16), LOUD), [view, view])[:, 0]
+        torch.testing.assert_close(made.told(words), theirs.text_embeds, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen, theirs.image_embeds, rtol=1e-4, atol=1e-5)
+        logits = seen @ made.told(words).T * made.scale + whole.logit_bias
+        torch.testing.assert_close(logits, theirs.logits_per_image, rtol=1e-4, atol=1e-4)
 
 
 def _without(folder: Path, *prefixes: str) -> None:
