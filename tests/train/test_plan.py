@@ -11,7 +11,7 @@ from xseg.errors import UserError
 from xseg.losses.criterion import Criterion
 from xseg.losses.points import generator
 from xseg.models.build import build_model
-from xseg.train import optim, plan, trace
+from xseg.train import muon, optim, plan, trace
 from xseg.train.meter import Flops
 from xseg.train.stage import Stage, read_stage
 from xseg.ui import planning
@@ -55,6 +55,16 @@ def test_checkpointing_trades_memory_for_flops(third: plan.Subject) -> None:
 def test_what_a_launch_would_refuse_is_not_planned(data: Path) -> None:
     with pytest.raises(UserError, match=r"muon = 4 on 4 processes under ZeRO"):
         plan.predict(stage("s1", data, "muon=4"), GPUS)
+
+
+def test_muon_keeps_one_moment_of_a_matrix(data: Path) -> None:
+    both = [plan.Subject(stage("s1", data, f"muon={rate}"), on_cpu=True) for rate in (0, 4)]
+    assert both[0].moments == 2 * both[0].trained == 2 * both[1].trained
+    names = muon.matrices(both[1].model)
+    saved = sum(p.numel() for n, p in both[1].model.named_parameters() if n in names and p.requires_grad)
+    assert saved > both[1].trained / 2 and both[0].moments - both[1].moments == saved
+    one = plan.on_gpus(both[1], plan.Setting(1, 4, 1, False), plan.Asked(1, GPUS.memory, GPUS.flops))
+    assert one.optimizer == 12 * both[1].trained - 4 * saved, "float32 weights and moments"
 
 
 def test_the_settings_that_fit_are_tried_from_the_cheapest(data: Path) -> None:

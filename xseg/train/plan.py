@@ -20,7 +20,7 @@ from xseg.models import adapters
 from xseg.models.build import build_config
 from xseg.models.configuration import XSegConfig
 from xseg.models.xseg import XSegModel
-from xseg.train import assemble, launch, optim, slim, trace
+from xseg.train import assemble, launch, muon, optim, slim, trace
 from xseg.train.stage import Stage
 from xseg.train.typical import typical_batch
 from xseg.types import Batch
@@ -135,6 +135,10 @@ class Subject:
         adapters.check_learns(self.model, stage.recipe.adapters or {})
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        learnt = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
+        hidden = muon.matrices(self.model) if stage.recipe.muon else set()
+        self.moments = sum(size * (1 if name in hidden else 2) for name, size in learnt.items())
+        """Values that the optimiser keeps: AdamW two of each parameter that learns, Muon one."""
         self.precision = launch.choose_precision(stage.recipe) if on_cpu else "bf16"
         self.mode = trace.fake(self.model, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         is_thing = self.data.categories.is_thing if self.data and self.data.categories else (True,) * LABELS
@@ -228,12 +232,12 @@ def _prediction(
 
 
 def on_cpu(subject: Subject, cost: trace.Cost, accumulate: int) -> Need:
-    """Bytes of one process without DeepSpeed: float32 weights and gradients, two moments."""
+    """Bytes of one process without DeepSpeed: float32 weights, gradients and moments."""
     gradients = 4.0 * subject.trained
     # Gradients come in while activations go; where micro-batches add up, those of the first are there all along.
     together = cost.together if accumulate == 1 else cost.activations + gradients
     most = max(HEAP * together, gradients)
-    return Need(4.0 * subject.parameters, gradients, 8.0 * subject.trained, most - gradients, subject.program)
+    return Need(4.0 * subject.parameters, gradients, 4.0 * subject.moments, most - gradients, subject.program)
 
 
 def on_gpus(subject: Subject, setting: Setting, asked: Asked) -> Need:
@@ -250,7 +254,7 @@ def on_gpus(subject: Subject, setting: Setting, asked: Asked) -> Need:
     activations = max(
         subject.walked(setting.checkpointing).activations(setting.batch_size) + bucket, 4.0 * learnt / shards
     )
-    return Need(weights, gradients, 12.0 * learnt / shards, activations)
+    return Need(weights, gradients, 4.0 * (learnt + subject.moments) / shards, activations)
 
 
 def _four_bits(model: XSegModel, stage: Stage) -> int:
