@@ -17,11 +17,11 @@ TURNS = (Turn("user", "<image>\nPlease segment <p>the circle</p>."), Turn("assis
 
 def test_saved_and_loaded_processor_makes_the_same_batch(tmp_path: Path) -> None:
     processor = XSegProcessor(
-        encoder(), ViewSizes(64, 32, "pad_square"), speaks_first=["refer_seg"], learnt=["refer_seg"], named=["bar"]
+        encoder(), ViewSizes(64, 32, "pad_square"), speaks_first=["refer_seg"], learnt=["refer_seg"], categories=["bar"]
     )
     processor.save_pretrained(tmp_path)
     again = XSegProcessor.from_pretrained(tmp_path)
-    assert again.named == stated(tmp_path, "named") == ["bar"] and again.names is None
+    assert again.categories == stated(tmp_path, "categories") == ["bar"] and again.names is None
     assert again.sizes == processor.sizes and again.learnt == stated(tmp_path, "learnt") == ["refer_seg"]
     assert stated(tmp_path / "weights alone", "learnt") is None
     assert [again.own_options(t)["answer"] for t in ("refer_seg", "reason_seg")] == ["generated", "given"]

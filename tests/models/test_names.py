@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
+from transformers import SiglipConfig, SiglipModel
 
 from xseg.errors import UserError
 from xseg.models import names
@@ -42,11 +42,11 @@ def test_a_mask_holds_the_patches_it_covers() -> None:
     assert held[3].any(), "an empty mask has some, for a head cannot look at nothing"
 
 
-@pytest.mark.parametrize(("squashed", "wanted"), [(True, [[0, 3], [1, 3], [2, 3]]), (False, [[1, 3], [2, 3]])])
+@pytest.mark.parametrize(("squashed", "wanted"), [(True, [[0, 3], [1, 3], [2, 3], [3, 3]]), (False, [[1, 3], [2, 3]])])
 def test_masks_of_a_wide_image_are_found_in_both_views(squashed: bool, wanted: list[list[int]]) -> None:
     """The right half of the image: of the canvas rows 0 to 47; of a padded square its middle rows."""
     view = ViewGeometry(WIDE.original, WIDE.scaled, WIDE.canvas, squashed=squashed)
-    strip = drawn(96, (0, 72, 48 if not squashed else 36, 96))
+    strip = drawn(96, (0, 72, 96, 96))  # what it says of the canvas beside the image counts for nothing
     held = names.patches(strip, [view], 4)[0, 0].view(4, 4)
     assert held.nonzero().tolist() == wanted
 
@@ -77,31 +77,28 @@ def test_the_ensemble_is_fc_clips() -> None:
 def test_new_names_are_known_by_what_was_trained() -> None:
     like = torch.zeros(1)
     asked = ["Tall  tree", "heart"]
-    assert names.weights(asked, ["tall tree"], like).tolist() == pytest.approx([names.TRAINED, names.NEW])
-    assert names.weights(asked, None, like).tolist() == pytest.approx([names.TRAINED] * 2)
+    assert names.weights(asked, ["tall tree"], like).tolist() == pytest.approx([names.LISTED, names.NEW])
+    assert names.weights(asked, None, like).tolist() == pytest.approx([names.LISTED] * 2)
 
 
-def test_the_whole_picture_is_pooled_as_siglip_pools_it(tmp_path: Path) -> None:
-    made = names.load(TINY, "{}")
-    config = made.vision.config.to_dict() | {"stem": "patch"}
-    plain = SiglipVisionModel(type(made.vision.config)(**config)).eval()
-    torch.manual_seed(0)
-    own = type(made.vision)(plain.config, -1).eval()
-    own.load_state_dict(plain.state_dict())
-    pixels = torch.randn(2, 3, 96, 96)
+def test_a_part_is_pooled_as_if_there_were_nothing_else() -> None:
+    """Two pictures of three parts each, against the head's own forward on the rows of each part."""
+    made = names.load(TINY, 96, "{}")
+    masks = drawn(96, (0, 0, 96, 96), (0, 0, 32, 48), (33, 33, 40, 40)).expand(2, -1, -1, -1).clone()
+    masks[1] = masks[1].flip(-1)
+    views = [ViewGeometry((96, 96), (96, 96), 96)] * 2
     with torch.no_grad():
-        theirs = plain(pixels).pooler_output
-        everything = torch.ones(2, 36, dtype=torch.bool)
-        torch.testing.assert_close(own.pooled(pixels, torch.arange(2), everything), theirs, rtol=1e-4, atol=1e-5)
-        part = everything.clone()
-        part[:, 7:] = False
-        found = own.pooled(pixels, torch.arange(2), part)
-        read = plain(pixels).last_hidden_state[:, :7]
-        torch.testing.assert_close(found, plain.head(read), rtol=1e-4, atol=1e-5)
+        rows = made.read(torch.randn(2, 3, 96, 96))
+        found, held = made.seen(rows, masks, views), names.patches(masks, views, 6)
+        assert held.sum(2).tolist() == [[36, 6, 1]] * 2
+        for picture in range(2):
+            for part in range(3):
+                alone = made.vision.head(rows[picture][held[picture, part]][None])[0]
+                torch.testing.assert_close(found[picture, part], F.normalize(alone, dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_texts_are_siglips_own_and_read_once() -> None:
-    made = names.load(TINY, "{}")
+    made = names.load(TINY, 96, "{}")
     with torch.inference_mode():
         first = made.told(["heart", "Arrow", "heart"])
         wanted = made.text(torch.tensor([made.tokenizer("arrow").input_ids + [860] * 11])).pooler_output
@@ -129,13 +126,13 @@ def test_a_folder_of_transformers_own_answers_as_it_does(tmp_path: Path) -> None
     whole.save_pretrained(tmp_path)
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    made = names.load(tmp_path, "the {}")
+    made = names.load(tmp_path, 32, "the {}")
     words = ["red heart", "arrow"]
     ids = made.tokenizer([f"the {w}" for w in words], padding="max_length", max_length=9, return_tensors="pt").input_ids
     pixels, view = torch.randn(2, 3, 32, 32), ViewGeometry((50, 50), (64, 64), 64)
     with torch.inference_mode():
         theirs = whole(input_ids=ids, pixel_values=pixels)
-        seen = made.seen(pixels, torch.full((2, 1, 16, 16), LOUD), [view, view])[:, 0]
+        seen = made.seen(made.read(pixels), torch.full((2, 1, 16, 16), LOUD), [view, view])[:, 0]
         torch.testing.assert_close(made.told(words), theirs.text_embeds, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(seen, theirs.image_embeds, rtol=1e-4, atol=1e-5)
         logits = seen @ made.told(words).T * made.scale + whole.logit_bias
@@ -153,18 +150,28 @@ def _config(folder: Path, part: str, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _tokenizer(folder: Path, **fields: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 FAULTS = {
-    "no text tower": (lambda f: _without(f, "text_model."), "text tower is missing"),
-    "half a text tower": (lambda f: _without(f, "text_model.encoder.layers.1."), "not whole"),
-    "half a vision tower": (lambda f: _without(f, "vision_model.post_layernorm"), "vision tower is missing, or not"),
+    "no text tower": (lambda f: _without(f, "text_model."), "tensors of a tower are missing.*text_model"),
+    "half a text tower": (lambda f: _without(f, "text_model.encoder.layers.1."), "text_model.encoder.layers.1"),
+    "half a vision tower": (lambda f: _without(f, "vision_model.post_layernorm"), "vision_model.post_layernorm"),
+    "other sizes": (lambda f: _config(f, "text_config", hidden_size=64), "not those of config.json"),
     "no temperature": (lambda f: _without(f, "logit_scale"), "no logit_scale"),
     "no head": (lambda f: _config(f, "vision_config", vision_use_head=False), "no pooling head"),
-    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "no text tower with its tokenizer"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is not that of a whole SigLIP"),
-    "a vision tower alone": (
-        lambda f: (f / "config.json").write_text('{"model_type": "siglip_vision_model"}'),
-        "config.json is not that of a whole SigLIP",
-    ),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "no tokenizer that can be read"),
+    "no pad token": (lambda f: _tokenizer(f, pad_token=None), "must have a pad token"),
+    "a tokenizer of more words": (lambda f: _tokenizer(f, extra_special_tokens=["<a>"]), "a row for each word"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json here"),
+    "no folder": (shutil.rmtree, "no config.json here"),
+    "a config that is none": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "a vision tower alone": (lambda f: _config(f, "", model_type="siglip_vision_model"), "must be 'siglip'"),
+    "CLIP": (lambda f: (f / "config.json").write_text('{"model_type": "clip"}'), "must be 'siglip'"),
+    "pictures of any size": (lambda f: (f / "config.json").write_text('{"model_type": "siglip2"}'), "must be 'siglip'"),
+    "another size": (lambda f: _config(f, "vision_config", image_size=112), "reads pictures of 112 pixels"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"no"), "model.safetensors"),
 }
 
@@ -176,12 +183,12 @@ def test_what_is_no_whole_siglip_is_named(fault: str, tmp_path: Path) -> None:
     harm, message = FAULTS[fault]
     harm(folder)
     with pytest.raises(UserError, match=message):
-        names.load(folder, "{}")
+        names.load(folder, 96, "{}")
 
 
 def test_a_folder_without_its_template_is_damaged(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "names")
     with pytest.raises(UserError, match="run `xseg names` again"):
-        names.load(tmp_path / "names")
+        names.load(tmp_path / "names", 96)
     (tmp_path / "names" / names.FILE).write_text('{"template": "a {}"}')
-    assert names.load(tmp_path / "names").template == "a {}"
+    assert names.load(tmp_path / "names", 96).template == "a {}"

@@ -38,8 +38,8 @@ def sound(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save(build_model(assemble.configuration(stage, loaded)), folder)
     assert loaded.processor.speaks_first == ["refer_seg"], "as its expressions are trained"
     assert loaded.processor.learnt == ["conversation", "generic_seg", "refer_seg"]
-    assert loaded.processor.named is not None and {"circle", "grass"} <= set(loaded.processor.named)
-    assert "heart" not in loaded.processor.named, "the shapes that are held out"
+    assert loaded.processor.categories is not None and {"circle", "grass"} <= set(loaded.processor.categories)
+    assert "heart" not in loaded.processor.categories, "the shapes that are held out"
     loaded.processor.save_pretrained(folder)
     return folder
 

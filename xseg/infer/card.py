@@ -45,6 +45,8 @@ class Copy:
     agreement: Agreement
     example: bool = False
     """Whether a picture to try it on lies in the folder."""
+    names: bool = False
+    """Whether a whole SigLIP does, which names objects too."""
 
 
 def write(source: Path, copy: Copy) -> str:
@@ -111,6 +113,8 @@ def _what(copy: Copy) -> str:
     return (
         f"An xseg model of {copy.parameters / 1e6:.1f} million parameters, stored in {copy.dtype}. It sees a picture "
         f"at {' and '.join(sees)}. Written by `xseg export`; every figure below is read from the files of its run."
+        + " Lists of names are recognised by the SigLIP in `names/` too."
+        * copy.names
     )
 
 

@@ -77,11 +77,11 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     writes, and all return the same. A model without a language part (stage 1) is scored by its own label list on rows
     whose task has one; rows that need what the model lacks are skipped and named. UserError when no row is left.
     """
-    partial = run.out / "samples.jsonl.partial"
+    partial, fits = run.out / "samples.jsonl.partial", False
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
-    fits = False
+    run.ranks.agreed(lambda: predictor.names)  # what is wrong with them is said before any work
     with _samples_file(run, partial) as lines:
         for number, row in enumerate(suite.rows):
             dataset = run.ranks.agreed(lambda row=row: open_row(predictor, row, run.data_root))  # type: ignore[misc]
@@ -106,6 +106,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
     chosen = predictor.processor.calibration
     head |= {"trained": run.model, "calibration": None if chosen is None else dataclasses.asdict(chosen)}
+    head |= naming.record(predictor.processor)
     results = {**head, "asked": asked, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)
@@ -180,8 +181,7 @@ def predict(predictor: Predictor, dataset: Dataset, indices: Sequence[int]) -> l
         shared = share_images(batch, [name for sample in encoded for name in sample.names])
         texts, queries, output = [""] * len(encoded), _slices(encoded), predictor.model(shared)
         if dataset.task.recognises:
-            asked = [s.categories.names if s.categories else () for s in found]
-            output = predictor.recognised(shared, output, asked)
+            output = predictor.recognised(shared, output, [s.categories.names if s.categories else () for s in found])
     places = zip(queries, _geometries(encoded), texts, strict=True)
     return [
         (sample, dataset.task.decode(output, rows, sample, g, text))
@@ -309,8 +309,8 @@ def _merged(
     split = load_recipe(DataRecipe, row.recipe).split
     head = {"task": dataset.task.name, "dataset": row.recipe, "split": split, "row": number}
     labels = " (fixed label list of the stage-1 head)" if predictor.processor.encoder is None else ""
-    by_siglip = naming.NOTE if dataset.task.recognises and predictor.names is not None else ""
-    note = labels + dataset.task.note + _chosen_on(predictor, row, dataset) + by_siglip
+    note = labels + dataset.task.note + _chosen_on(predictor, row, dataset)
+    note += naming.note(predictor.processor) if dataset.task.recognises else ""
     table = [_table_row(head, score, score.protocol + note, row) for m in metrics for score in m.compute()]
     return table + (_blind_rows(dataset, head, row) if run.blind else [])
 

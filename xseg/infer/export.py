@@ -81,7 +81,8 @@ def export(asked: Export) -> card.Agreement:
         check_logits(logits, other, asked)
         count = sum(p.numel() for p in predictor.model.parameters())
         example = (asked.out / card.EXAMPLE).is_file()
-        made = card.Copy(asked.out.resolve().name, asked.dtype, count, processor.sizes, agreement, example)
+        name, named = asked.out.resolve().name, processor.names is not None
+        made = card.Copy(name, asked.dtype, count, processor.sizes, agreement, example, named)
         (partial / card.FILE).write_text(card.write(source, made), encoding="utf8")
         (partial / "model.safetensors").chmod(0o644)
         check_size(partial, asked)
@@ -194,7 +195,8 @@ def check(agreement: card.Agreement, asked: Export) -> None:
 
 def check_size(partial: Path, asked: Export) -> None:
     """Raise UserError when what is written, with what stays of an earlier ``out``, is above the limit."""
-    files = [p for p in (*partial.iterdir(), *checkpoint.staying(asked.out, partial)) if p.is_file()]
+    places = (*partial.iterdir(), *checkpoint.staying(asked.out, partial))
+    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
     size = sum(p.stat().st_size for p in files) / MEGABYTE
     if asked.limit_mb is not None and size > asked.limit_mb:
         raise UserError(

@@ -76,12 +76,15 @@ class Predictor:
     def names(self) -> Names | None:
         """The SigLIP that names objects too, where the model has one (``xseg names``)."""
         folder = self.processor.names
-        return None if folder is None else names.load(folder).to(device(self.model))
+        if folder is None:
+            return None
+        made = names.load(folder, self.processor.sizes.llm)
+        return made.to(device(self.model), next(self.model.parameters()).dtype)
 
     def recognised(self, batch: Batch, output: ModelOutput, asked: Sequence[Sequence[str]]) -> ModelOutput:
         """``naming.recognised``, where the model has such a SigLIP; ``asked`` (Q): the names of every query, or ()."""
         made = self.names
-        return output if made is None else naming.recognised(made, self.processor.named, batch, output, asked)
+        return output if made is None else naming.recognised(made, self.processor.categories, batch, output, asked)
 
     @torch.inference_mode()
     def segment(self, image: Image | str | Path, text: str | Sequence[str], *, reject: float | None = None) -> Result:

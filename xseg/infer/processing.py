@@ -26,7 +26,7 @@ from xseg.tokens import SPECIAL_TOKENS, add_special_tokens
 from xseg.types import Batch, Encoded, EncodedQuery, Formatted, ImageViews, Masks
 
 FILE, TEMPLATE = "xseg_processor.json", "chat_template.jinja"
-STATED = ("learnt", "named")
+STATED = ("learnt", "categories")
 """Keys of what a model was trained on, its earlier stages too."""
 AFTER_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ") ")
 
@@ -52,8 +52,8 @@ class XSegProcessor:
     ``encoder`` is None for a model that reads no text (stage 1), ``calibration`` for one that was not calibrated.
     ``speaks_first``: tasks in which the model learnt to say before a mask what the mask may read: there it finds its
     answers itself. ``learnt``: every task that it was trained on, in the stages before too; None = not known.
-    ``named``: every category that its training data have, likewise. ``names``: the folder of SigLIP's text tower, where
-    the model has one (``xseg names``).
+    ``categories``: every name that its training data list, likewise. ``names``: the folder of a SigLIP that names
+    objects too, where the model has one (``xseg names``).
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class XSegProcessor:
         calibration: Calibration | None = None,
         speaks_first: Sequence[str] = (),
         learnt: Sequence[str] | None = None,
-        named: Sequence[str] | None = None,
+        categories: Sequence[str] | None = None,
         names: Path | None = None,
     ) -> None:
         self.encoder, self.sizes, self.calibration = encoder, sizes, calibration
         self.speaks_first = list(speaks_first)
         self.learnt = None if learnt is None else list(learnt)
-        self.named, self.names = None if named is None else list(named), names
+        self.categories, self.names = None if categories is None else list(categories), names
 
     @property
     def reject(self) -> float:
@@ -130,7 +130,7 @@ class XSegProcessor:
             "calibration": None if self.calibration is None else dataclasses.asdict(self.calibration),
             "speaks_first": self.speaks_first,
             "learnt": self.learnt,
-            "named": self.named,
+            "categories": self.categories,
         }
         return json.dumps(fields, indent=1) + "\n"
 

@@ -1,4 +1,4 @@
-"""A conversation about one image. The image goes through the encoders once, however many turns follow."""
+"""A conversation about one image. The image goes through the model's encoders once, however many turns follow."""
 
 import itertools
 import json
@@ -97,8 +97,7 @@ class Session:
         phrases, regions = (written, None) if written else (asked.phrases, asked.regions)
         if phrases and made.output is not None and len(made.queries[0]) == 1:
             row = made.queries[0][0]
-            # a phrase alone, and phrases of the model's own words, are no names that compete
-            competing = () if written or len(phrases) == 1 else phrases
+            competing = () if written else phrases  # phrases of the model's own words are no names that compete
             output = self.predictor.recognised(made.batch, made.output, [()] * row + [competing])
             logits = output.mask_logits[-1, row], output.class_logits[-1, row]
             reject = self.predictor.processor.reject

@@ -30,8 +30,8 @@ Mark = tuple[str, str]
 """(file, what its text holds): by this a folder is known as one that may be replaced."""
 MODEL: Mark = ("config.json", f'"model_type": "{XSegConfig.model_type}"')
 """Of every folder with an xseg model, an adapter's too."""
-WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?|adapter)\.safetensors(\.index\.json)?|adapter\.json")
-"""Names of weights that xseg writes: an earlier model's must not stay beside those of a new one."""
+WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?|adapter)\.safetensors(\.index\.json)?|adapter\.json|names")
+"""Weights that xseg writes, and what `xseg names` adds: an earlier model's must not stay beside a new one."""
 HEADS = ("segmentor.class_head.", "segmentor.pixel_classifier.")
 
 
@@ -71,11 +71,11 @@ def save(model: XSegModel, folder: str | Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path, mark: Mark | None = None) -> Iterator[Path]:
+def replacing(folder: Path, mark: Mark | None = None, *, keep: bool = True) -> Iterator[Path]:
     """Give a temporary folder that takes the place of ``folder`` at the end; after an error nothing has changed.
 
-    Files of ``folder`` that are not written anew are kept, the weights of its model are not. Raises UserError as
-    ``check_place``, and when the disk is full.
+    Files of ``folder`` that are not written anew are kept, unless ``keep`` is off; the weights of its model are not.
+    Raises UserError as ``check_place``, and when the disk is full.
     """
     check_place(folder, mark)
     whole = folder.resolve()
@@ -83,7 +83,7 @@ def replacing(folder: Path, mark: Mark | None = None) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
-        _swap(partial, whole, older)
+        _swap(partial, whole, older, keep)
     except OSError as error:
         raise UserError(f"{folder}: cannot save the model: {error}; nothing was written there") from error
     finally:
@@ -118,11 +118,11 @@ def staying(folder: Path, partial: Path) -> list[Path]:
     return [path for path in found if not WEIGHTS.fullmatch(path.name) and not (partial / path.name).exists()]
 
 
-def _swap(partial: Path, folder: Path, older: Path) -> None:
+def _swap(partial: Path, folder: Path, older: Path, keep: bool) -> None:
     if not folder.exists():
         partial.rename(folder)
         return
-    for path in staying(folder, partial):
+    for path in staying(folder, partial) if keep else ():
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, partial / path.name, symlinks=True)
         else:

@@ -13,7 +13,7 @@ class SiglipEncoder(SiglipVisionModel):
     """(I, 3, s, s) pixels -> (I, patches, C): hidden state ``layer``, without the final norm (X-SAM: -2).
 
     The blocks behind it, the final norm and the pooling head exist so that SigLIP's files load whole; in a model they
-    are never computed and stay frozen. ``pooled`` is for a SigLIP of its own (``xseg.models.names``).
+    are never computed and stay frozen.
     """
 
     def __init__(self, config: SiglipConfig, layer: int) -> None:
@@ -41,19 +41,6 @@ class SiglipEncoder(SiglipVisionModel):
             *([self.head] if self.use_head else []),
         ):
             module.requires_grad_(False)
-
-    def pooled(self, pixels: Tensor, image: Tensor, patches: Tensor) -> Tensor:
-        """(I, 3, s, s) pixels, parts (P, patches) bool of images (P,) -> (P, C): what SigLIP compares with texts, of
-        parts of a picture: its pooling head, kept from looking outside of them. Every part must hold a patch.
-        """
-        hidden = self(pixels)
-        for block in self.encoder.layers[self.depth :]:
-            hidden = block(hidden, None)
-        read = self.post_layernorm(hidden)[image]
-        probe = self.head.probe.expand(len(read), -1, -1)
-        # the head's own forward takes no mask
-        found = self.head.attention(probe, read, read, key_padding_mask=~patches, need_weights=False)[0]
-        return (found + self.head.mlp(self.head.layernorm(found)))[:, 0]
 
     def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
         """See the class. ``s`` is the config's size."""

@@ -17,8 +17,8 @@ class Base:
     scores_text: ClassVar[bool] = False
     """Whether a model without masks (stage 2) can be scored too."""
     recognises: ClassVar[bool] = False
-    """Whether each sample has one query, of the sample's categories, whose names may be new to the model: SigLIP's text
-    tower then names objects too, where the model has one."""
+    """Whether each sample has one query, of the sample's categories, whose names may be new to the model: a SigLIP
+    then names objects too, where the model has one (``xseg names``)."""
     max_new_tokens: ClassVar[int] = 128
     """Longest answer of an evaluation that generates."""
     donors = 0

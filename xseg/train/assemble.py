@@ -49,8 +49,8 @@ def load_data(stage: Stage) -> Data:
         _check_head(stage, dataset)
     processor.speaks_first = sorted({dataset.task.name for dataset in datasets if dataset.task.speaks_first})
     processor.learnt = _with_earlier(stage, "learnt", {dataset.task.name for dataset in datasets})
-    lists = [dataset.source.categories for dataset in datasets]
-    processor.named = _with_earlier(stage, "named", {name for c in lists if c for name in c.names})
+    lists = [dataset.sample(0).categories for dataset in datasets if len(dataset)]
+    processor.categories = _with_earlier(stage, "categories", {name for c in lists if c for name in c.names})
     labels = _label_list(stage, datasets) if stage.recipe.head == "labels" else None
     return Data(processor, datasets, factors, labels, alike(stage.mixture, datasets))
 

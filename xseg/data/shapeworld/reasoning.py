@@ -90,15 +90,20 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Found:
     return f"What {clause}?", f"the one that {clause}", thing, reason
 
 
+def shares(scene: Scene, ground: str) -> list[float]:
+    """Return the part of each thing's visible pixels, 0..1, behind which a ground of the scene lies."""
+    band = ground_map(scene.ground, scene.side) == scene.ground.names.index(ground) + 1
+    return [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
+
+
 def _ground(scene: Scene, rng: np.random.Generator) -> Found:
     options = []
     for clause, (name, reason) in GROUND_CLAUSES.items():
         if name not in scene.ground.names:
             continue
-        band = ground_map(scene.ground, scene.side) == scene.ground.names.index(name) + 1
-        shares = [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
-        rows = [i for i, share in enumerate(shares) if share >= ON]
-        if _one(rows, scene) and not any(OFF < share < ON for share in shares):
+        parts = shares(scene, name)
+        rows = [i for i, share in enumerate(parts) if share >= ON]
+        if _one(rows, scene) and not any(OFF < share < ON for share in parts):
             options.append((clause, rows[0], reason))
     if not options:
         return None
