@@ -28,10 +28,10 @@ SHAPE = re.compile("|".join(HELD_OUT_SHAPES))
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, object]:
-    """The three scripts that train the parts."""
+    """The scripts that train the parts."""
     sys.path.insert(0, str(ROOT / "examples/tiny_parts"))
     try:
-        return {name: import_module(name) for name in ("phi", "siglip", "sam")}
+        return {name: import_module(name) for name in ("phi", "phi_texts", "siglip", "sam")}
     finally:
         sys.path.pop(0)
 
@@ -119,7 +119,7 @@ def test_the_masks_of_sam_are_of_seen_shapes_alone(parts):
 
 
 def test_texts_of_phi_hold_no_pair(parts):
-    phi = parts["phi"]
+    phi = parts["phi_texts"]
     shapes = set()
     for number in range(SPLITS["parts"][0], SPLITS["parts"][0] + 400):
         world, rng = phi.scene(number), np.random.default_rng(number)
