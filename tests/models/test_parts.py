@@ -209,6 +209,13 @@ def test_other_resolutions_resize_the_tables(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.get_rel_pos(12, 12, ours.rel_pos_h), theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_the_pooling_head_takes_a_siglip_that_has_one(tmp_path: Path) -> None:
+    random(SiglipVisionModel(SiglipVisionConfig(**SIGLIP))).save_pretrained(tmp_path / "siglip")
+    given = {**SIGLIP, "vision_use_head": False, "pretrained": str(tmp_path / "siglip")}
+    model, (report,) = loaded(siglip=given)
+    assert not model.siglip.use_head and report.loaded and not report.unexpected and not report.fresh
+
+
 def test_a_64_grid_of_positions_keeps_constants_and_slopes() -> None:
     flat = torch.full((1, 64, 64, 2), 3.0)
     found = positions.fitted("segmentor.sam.pos_embed", flat, (1, 24, 24, 2))

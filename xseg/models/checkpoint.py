@@ -277,9 +277,12 @@ def load_part(model: XSegModel, part: str, folder: Path) -> LoadReport:
             if table is not None:
                 resized.append(f"{name}: {tuple(value.shape)} there, {tuple(table.shape)} here")
                 state[name] = table
-    report = assign(model, state, str(folder))
-    report.resized = resized
     prefix = key_maps.PART_PREFIX[part]
+    # a model built without the pooling head, which it never reads, needs none
+    report = assign(
+        model, {n: v for n, v in state.items() if n in own or not n.startswith(f"{prefix}head.")}, str(folder)
+    )
+    report.resized = resized
     report.fresh = [n for n in report.fresh if n.startswith(prefix) and ".neck." not in n and ".head." not in n]
     if report.mismatched or report.unexpected or report.fresh:
         raise UserError(f"{part}.pretrained: {folder} is no {part} encoder of these sizes\n{report}")
