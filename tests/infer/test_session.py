@@ -57,6 +57,24 @@ def test_no_mask_without_exactly_one_seg(session: Session) -> None:
     assert [len(session.ask("the circle").segments) for _ in range(3)] == [0, 0, 1]
 
 
+def test_a_question_that_is_answered_by_a_mask_gets_it(session: Session) -> None:
+    """Asked once more with the question as the phrase; answered in words it is asked once."""
+    model = session.predictor.model
+    model.answers = ["A circle can: <SEG>."]
+    answer = session.ask("What could roll?")
+    [segment] = answer.segments
+    assert segment.label == "What could roll?" and answer.coverage == (50.0,) and answer.question == "What could roll?"
+    assert model.said == 2 and len(session.answers) == 1
+    tokenizer = session.predictor.processor.encoder.tokenizer
+    batch = model.seen[-1]
+    first, last = batch.concept_span[batch.query_concepts[0, 0]].tolist()[1:]
+    assert "roll?" in tokenizer.decode(batch.input_ids[0, first:last])
+    for said in ("two", "<p>one</p> is <SEG>.", "<SEG> and <SEG>"):
+        model.answers, model.said = [said], 0
+        session.ask("What else?")
+        assert model.said == 1, said
+
+
 def test_later_turns_point_at_their_own_phrase(session: Session) -> None:
     session.ask("segment: circle, square")
     session.ask("how many?")

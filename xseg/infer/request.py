@@ -26,7 +26,8 @@ HELP = """\
 the large red circle             a mask of that thing; "segment ...", "find ...", "show me ..." mean the same
 segment: circle, square, grass   one mask per name (the colon makes it a list)
 ins: circle; sem: grass, sky     the same list; outside the chat "ins" gives every object, "sem" one mask per name
-how many circles are there?      an answer in words (ends with "?" or begins like a question or "describe ...")
+how many circles are there?      an answer in words (ends with "?" or begins like a question or "describe ..."),
+                                 and a mask where the model answers by one ("what could roll?")
 where is <p>the circle</p>?      your own wording, sent as it is; each <p>...</p> gets a mask"""
 
 
@@ -80,6 +81,11 @@ def phrase(text: str) -> Request:
     if not cleaned:
         raise UserError("the phrase is empty: name a thing in the image, for example 'the large red circle'")
     return Request(phrasing.PHRASE[0].format(phrase=phrasing.span(cleaned)), (cleaned,))
+
+
+def riddle(question: str) -> Request:
+    """Ask a question whose answer is a mask, in the wording of evaluation that wants a reason too."""
+    return Request(phrasing.EXPLAIN[0].format(phrase=phrasing.span(question)), (question,))
 
 
 def categories(names: Sequence[str]) -> Request:

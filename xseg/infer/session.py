@@ -15,6 +15,7 @@ from xseg.errors import UserError
 from xseg.geometry import masks as rle
 from xseg.infer import request
 from xseg.infer.predictor import Predictor, choose, device, empty, opened
+from xseg.models.generation import Generated
 from xseg.paths import make_folder, writing_to
 from xseg.tokens import IMAGE, P_CLOSE, P_OPEN, SEG, SENTINELS
 from xseg.types import Encoded, Formatted, ImageViews, Query, Segment, Turn
@@ -79,18 +80,17 @@ class Session:
     def ask(self, text: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
         """Answer a message; ``request.HELP`` says how it is understood. Masks come from the ``<SEG>`` it writes.
 
+        A question that the model answers by a mask is asked once more, as one whose answer is a mask: only then is the
+        question a phrase that the mask can be held against.
         Raises UserError without an image, and for text that cannot be a message; the history is then unchanged.
         """
         if self._views is None or self.image is None:
             raise UserError("no image yet: set one first (in the chat: /image FILE)")
         asked = request.read(_legible(text))
-        question = Turn("user", asked.text if self._turns else f"{IMAGE}\n{asked.text}")
-        turns = (*self._turns, question)
-        processor, model = self.predictor.processor, self.predictor.model
-        encoded = processor.encode([self._views], Formatted(turns, self._queries(asked)), generation=True, key=text)
-        batch = processor.batch([encoded]).to(device(model))
-        made = self.predictor.generate(batch, max_new_tokens, self._features)
-        said = processor.decode(made.sequences[0])
+        turns, made, said = self._answered(asked, max_new_tokens)
+        if not asked.phrases and said.count(SEG) == 1 and P_OPEN not in said:
+            asked = request.riddle(asked.text)
+            turns, made, said = self._answered(asked, max_new_tokens)
         segments: tuple[Segment, ...] = ()
         # phrases that the answer itself marks take the place of those asked for
         written = tuple(request.SPAN.findall(said))
@@ -106,6 +106,17 @@ class Session:
         self._turns = [*turns, Turn("assistant", _harmless(said))]
         self.answers.append(Answer(text, said, segments))
         return self.answers[-1]
+
+    def _answered(self, asked: request.Request, most: int) -> tuple[tuple[Turn, ...], Generated, str]:
+        """The conversation with a new question, and its answer, as it was made and in words."""
+        turns = (*self._turns, Turn("user", asked.text if self._turns else f"{IMAGE}\n{asked.text}"))
+        processor, model = self.predictor.processor, self.predictor.model
+        assert self._views is not None
+        encoded = processor.encode(
+            [self._views], Formatted(turns, self._queries(asked)), generation=True, key=asked.text
+        )
+        made = self.predictor.generate(processor.batch([encoded]).to(device(model)), most, self._features)
+        return turns, made, processor.decode(made.sequences[0])
 
     def undo(self) -> bool:
         """Forget the last question and its answer; False when there is none."""
