@@ -159,7 +159,7 @@ class Predictor:
         if learnt is not None and PROMPTED not in learnt:
             raise UserError(
                 f"select: this model has learnt {', '.join(learnt)}, not {PROMPTED}: the mask of a prompt "
-                "would be that of anything; train with a mixture that has prompts (`xseg demo --recipe all`)"
+                "would be that of anything; train with a mixture that has prompts (`xseg demo`)"
             )
         views = self.processor.sizes.views(opened(image))
         size = views.geometry.original
