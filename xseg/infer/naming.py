@@ -36,7 +36,7 @@ def add(folder: Path, siglip: Path, template: str) -> Path:
         raise UserError(f"{folder}: this model lacks SigLIP, words or masks: name the `final` folder of a stage 3")
     made = names.load(siglip, processor.sizes.llm, template)
     with torch.inference_mode():
-        made.told(["thing"])
+        made.told(["thing"])  # a tokenizer that does not fit fails here, before anything is written
     place = folder / names.FOLDER
     with checkpoint.replacing(place, MARK, keep=False) as partial:
         partial.mkdir(parents=True)
