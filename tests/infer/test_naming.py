@@ -222,3 +222,19 @@ def test_an_export_counts_and_replaces_names(folder: Path, tmp_path: Path) -> No
     assert "the SigLIP in `names/`" in card.write(folder, made)
     (tmp_path / "next").mkdir()
     assert folder / "names" not in checkpoint.staying(folder, tmp_path / "next"), "another model's names"
+
+
+def test_a_damaged_siglip_stops_what_asks_it_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    (naming.add(folder, TINY, "{}") / "names.json").write_text("{")
+    root = shapes(tmp_path)
+    for name in ("generic_seg", "open_vocab_seg"):
+        predictor, out = oracle(), tmp_path / name
+        predictor.processor = XSegProcessor.from_pretrained(folder)
+        task = TaskSpec(name=name, outputs=["panoptic"])
+        suite = Suite(name="test", rows=[SuiteRow(recipe="shapes/panoptic_val", task=task)])
+        if name == "generic_seg":
+            assert "names" not in evaluate(predictor, suite, Evaluation(root, out, blind=False))
+        else:
+            with pytest.raises(UserError, match="run `xseg names` again"):
+                evaluate(predictor, suite, Evaluation(root, out, blind=False))
+            assert predictor.model.forwards == 0 and not out.exists()

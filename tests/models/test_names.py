@@ -35,7 +35,7 @@ def drawn(side: int, *boxes: tuple[int, int, int, int]) -> Tensor:
 def test_a_mask_holds_the_patches_it_covers() -> None:
     view = ViewGeometry((96, 96), (96, 96), 96)
     masks = drawn(96, (0, 0, 32, 16), (16, 16, 40, 32), (1, 1, 4, 4), (0, 0, 0, 0))
-    held = names.patches(masks, [view], 6)[0].view(4, 6, 6)
+    held = names.patches(masks, [view], 6, 1.0)[0].view(4, 6, 6)
     assert held[0].nonzero().tolist() == [[0, 0], [1, 0]]
     assert held[1].nonzero().tolist() == [[1, 1], [2, 1]], "half of a patch is enough"
     assert held[2].nonzero().tolist() == [[0, 0]], "a mask smaller than half a patch has the one it is in"
@@ -47,7 +47,7 @@ def test_masks_of_a_wide_image_are_found_in_both_views(squashed: bool, wanted: l
     """The right half of the image: of the canvas rows 0 to 47; of a padded square its middle rows."""
     view = ViewGeometry(WIDE.original, WIDE.scaled, WIDE.canvas, squashed=squashed)
     strip = drawn(96, (0, 72, 96, 96))  # what it says of the canvas beside the image counts for nothing
-    held = names.patches(strip, [view], 4)[0, 0].view(4, 4)
+    held = names.patches(strip, [view], 4, 1.0)[0, 0].view(4, 4)
     assert held.nonzero().tolist() == wanted
 
 
@@ -89,7 +89,7 @@ def test_a_part_is_pooled_as_if_there_were_nothing_else() -> None:
     views = [ViewGeometry((96, 96), (96, 96), 96)] * 2
     with torch.no_grad():
         rows = made.read(torch.randn(2, 3, 96, 96))
-        found, held = made.seen(rows, masks, views), names.patches(masks, views, 6)
+        found, held = made.seen(rows, masks, views), names.patches(masks, views, 6, 1.0)
         assert held.sum(2).tolist() == [[36, 6, 1]] * 2
         for picture in range(2):
             for part in range(3):

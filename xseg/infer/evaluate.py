@@ -81,7 +81,8 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     rows: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
-    run.ranks.agreed(lambda: predictor.names)  # what is wrong with them is said before any work
+    # what is wrong with the SigLIP of names is said before any work; suites that never ask it do not wait for it
+    named = run.ranks.agreed(lambda: naming.asked_by(suite) and predictor.names is not None)
     with _samples_file(run, partial) as lines:
         for number, row in enumerate(suite.rows):
             dataset = run.ranks.agreed(lambda row=row: open_row(predictor, row, run.data_root))  # type: ignore[misc]
@@ -106,7 +107,7 @@ def evaluate(predictor: Predictor, suite: Suite, run: Evaluation) -> dict[str, A
     head = {"suite": suite.name, "commit": _commit(), "versions": _versions(), "data_root": str(run.data_root)}
     chosen = predictor.processor.calibration
     head |= {"trained": run.model, "calibration": None if chosen is None else dataclasses.asdict(chosen)}
-    head |= naming.record(predictor.processor)
+    head |= naming.record(predictor.processor) if named else {}
     results = {**head, "asked": asked, "rows": rows, "summary": summary(suite, rows, run.note), "speed": speed}
     os.replace(partial, run.out / "samples.jsonl")
     write_json(run.out / "results.json", results)

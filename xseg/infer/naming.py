@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from xseg.config import DataRecipe, Suite, load_recipe
 from xseg.data.checksums import digest
 from xseg.errors import UserError
 from xseg.infer.processing import XSegProcessor
-from xseg.models import checkpoint, names
+from xseg.models import checkpoint, names, shards
 from xseg.models.names import Names
+from xseg.tasks import load_task
 from xseg.types import Batch, ModelOutput
 
 MARK = ("config.json", f'"model_type": "{names.KIND}"')
@@ -40,7 +42,7 @@ def add(folder: Path, siglip: Path, template: str) -> Path:
     place = folder / names.FOLDER
     with checkpoint.replacing(place, MARK, keep=False) as partial:
         partial.mkdir(parents=True)
-        state = checkpoint.read_weights(siglip)
+        state = shards.read(shards.catalog(siglip))  # in the dtypes of the file; that all is finite is known by now
         save_file({n: v.contiguous() for n, v in state.items() if n.startswith(KEPT)}, partial / WEIGHTS)
         shutil.copyfile(siglip / "config.json", partial / "config.json")
         made.tokenizer.save_pretrained(partial)
@@ -49,10 +51,14 @@ def add(folder: Path, siglip: Path, template: str) -> Path:
     return place
 
 
+def asked_by(suite: Suite) -> bool:
+    """Whether any row of a suite has a task whose names SigLIP recognises. UserError for unknown recipes and tasks."""
+    return any(load_task(row.task or load_recipe(DataRecipe, row.recipe).task).recognises for row in suite.rows)
+
+
 def record(processor: XSegProcessor) -> dict[str, Any]:
     """What results say of the SigLIP that names objects too: its template and the checksum of its weights."""
-    if processor.names is None:
-        return {}
+    assert processor.names is not None
     return {"names": json.loads((processor.names / names.FILE).read_text(encoding="utf8"))}
 
 

@@ -168,7 +168,7 @@ def _tokenizer(folder: Path, rows: int) -> Any:
     return tokenizer
 
 
-def patches(masks: Tensor, views: Sequence[ViewGeometry], side: int, covered: float = 1.0) -> Tensor:
+def patches(masks: Tensor, views: Sequence[ViewGeometry], side: int, covered: float) -> Tensor:
     """(I, N, h, w) mask logits on the canvas -> (I, N, side * side) bool: patches of SigLIP's view that a mask holds.
 
     Those it covers by half; where there is none, the one it covers most. ``side`` patches cover the first part,
@@ -187,12 +187,11 @@ def patches(masks: Tensor, views: Sequence[ViewGeometry], side: int, covered: fl
 
 
 def ensemble(classes: Tensor, cosines: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """Class logits (N, K + 1), background last, and SigLIP's cosines (N, K) -> logits (N, K + 1) of both.
+    """Class logits (N, K + 1) float32, background last, and SigLIP's cosines (N, K) -> logits (N, K + 1) of both.
 
     Names compete by the geometric mean of both probabilities, with ``weight`` (K,) in 0..1 as SigLIP's exponent; how
     likely a query is background stays the model's own word.
     """
-    classes = classes.float()
     background = classes.softmax(-1)[:, -1:]
     own, other = classes[:, :-1].log_softmax(-1), (cosines * scale).log_softmax(-1)
     named = ((1 - weight) * own + weight * other).softmax(-1)

@@ -134,8 +134,8 @@ class Subject:
         optim.select(self.model, stage.recipe.trainable)
         adapters.check_learns(self.model, stage.recipe.adapters or {})
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         learnt = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = sum(learnt.values())
         hidden = muon.matrices(self.model) if stage.recipe.muon else set()
         self.moments = sum(size * (1 if name in hidden else 2) for name, size in learnt.items())
         """Values that the optimiser keeps: AdamW two of each parameter that learns, Muon one."""
