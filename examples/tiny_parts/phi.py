@@ -7,7 +7,8 @@ half of them hold a held-out shape, none a held-out pair.
 
 It learns in three parts. First to look up, nothing else: which thing, which square. Mixed with everything else from
 the start, this takes many times as long to appear. Then everything in short lines, then everything as conversations;
-late, lines come back for a while, half of them about the grounds, and last half of everything is riddles.
+late, lines come back for a while, half of them about the grounds, then nothing but squares of busy scenes is read, and
+last half of everything is riddles.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from phi_texts import (
     LINES,
     LOOKS,
     QUESTION_WEIGHT,
+    READS,
     RIDDLES,
     ROW,
     SEED,
@@ -50,7 +52,7 @@ from xseg.data.shapeworld.reasoning import TYPES, riddles
 from xseg.data.shapeworld.world import SPLITS
 from xseg.losses.points import generator
 
-PLAN = Plan(steps=14500, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
+PLAN = Plan(steps=15000, lr=4e-3, seed=SEED, muon=1.0, warmup=50)
 TOGETHER = 0.9
 """Cosine with the place of unread pieces above which a piece was pushed there (they have 0.95 and more, others at most
 0.8)."""
@@ -192,17 +194,19 @@ square of what an expression refers to, to answer questions and to describe.
 Made by `make parts`: @STEPS steps of {BATCH} boards, learning rate {PLAN.lr}, a moving average of the weights is kept.
 The first {LOOKS} steps are look-ups alone (which thing, which square), up to {LINES} short lines of every kind follow,
 then conversations, with lines every third step; from {GROUNDS_FROM} to {GROUNDS_TO} half of all lines are about the
-grounds, and nothing else comes; from {RIDDLES} on, half of everything is riddles with their reasons. Pieces of words
-that none of these texts held, most of the vocabulary, end at one and the same place, where two new words read alike;
-afterwards each is given a direction of its own. The weights are bf16 safetensors in transformers' layout. Apache-2.0,
-generated data. Figures hold for ShapeWorld and nothing else.
+grounds, and nothing else comes; from {READS} to {RIDDLES} lists of what stands on which square, of scenes with up to
+ten things; from then on, half of everything is riddles with their reasons. Pieces of words that none of these texts
+held, most of the vocabulary, end at one and the same place, where two new words read alike; afterwards each is given a
+direction of its own. The weights are bf16 safetensors in transformers' layout. Apache-2.0, generated data. Figures hold
+for ShapeWorld and nothing else.
 
 ## What it can do
 
 Held-out scenes, in percent, exact match of the whole answer, every question asked alone: questions by type, and
 expressions by kind (the right square, or that it is nowhere), in conversations; "lines" = all asked as short lines;
-"reason" = the whole reason of a riddle ("A ring has a hole. It is the small red plain ring."), by kind. The last row is
-the weights in this folder; `metrics.jsonl` has the loss.
+"reason" = the whole reason of a riddle, by kind ("A ring has a hole. It is the small red plain ring."; but for shapes,
+all things that are compared, square by square, stand before it). The last row is the weights in this folder;
+`metrics.jsonl` has the loss.
 
 """
 

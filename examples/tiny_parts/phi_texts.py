@@ -18,6 +18,7 @@ from xseg.data.shapeworld.language import (
     descriptions,
     draw_expression,
     expressions,
+    look,
     nouns_of,
 )
 from xseg.data.shapeworld.questions import questions
@@ -30,7 +31,7 @@ from xseg.data.shapeworld.world import (
     SPLITS,
     TEXTURES,
     Scene,
-    Thing,
+    Variant,
     allowed,
     sample_scene,
 )
@@ -53,8 +54,10 @@ QUESTION_WEIGHT, SHORT_WEIGHT, SHORT = 0.05, 3.0, 3
 Without them the long descriptions drown the answers that take a step of thought."""
 HERE = "here "
 """Stands before a square in the answer to a request for a mask, where ``<SEG>`` stands later."""
-RIDDLES = 10100
-"""Step from which half of all that is said is riddles: two a conversation did not teach them."""
+READS, RIDDLES = 10100, 10600
+"""Between these steps nothing is asked but what stands on which square, of busy scenes: in others the commonest colour
+is right so often that reading a square is never learnt. From the second on half of all that is said is riddles: two a
+conversation did not teach them."""
 VALUES = {"size": SIZES, "colour": COLOURS, "texture": TEXTURES, "shape": SHAPES}
 TEMPLATE = Path(__file__).parents[2] / "chat_templates/phi3.jinja"
 ROW = -2
@@ -63,9 +66,9 @@ Pairs = list[tuple[str, str]]
 """(question, answer)."""
 
 
-def scene(number: int) -> Scene:
+def scene(number: int, variant: Variant = "easy") -> Scene:
     """Return scene ``number`` of this script's own stream."""
-    return sample_scene(SEED, number, side=SIDE, policy="open" if number % 2 else "seen")
+    return sample_scene(SEED, number, side=SIDE, variant=variant, policy="open" if number % 2 else "seen")
 
 
 def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
@@ -77,8 +80,8 @@ def look_ups(world: Scene, rng: np.random.Generator) -> Pairs:
         if way == 0:
             *words, name = told[int(rng.integers(len(told)))]
             out.append((name, " ".join(words)))
-        elif way == 1 and len(nouns[_look(thing)]) == 1:
-            out.append((f"the {_look(thing).text()}", square(thing)))
+        elif way == 1 and len(nouns[look(thing)]) == 1:
+            out.append((f"the {look(thing).text()}", square(thing)))
         elif way == 2:
             out += _told(world, nouns, "attribute", rng)
         elif way == 3:
@@ -102,10 +105,6 @@ def grounds(world: Scene, rng: np.random.Generator) -> Pairs:
     found = [ground(world, rng) for _ in range(4)] + everything(world, rng)[:8]
     found += [(q.text, q.answer) for q in questions(world, rng, 2, ("ground",))]
     return [found[i] for i in rng.permutation(len(found))]
-
-
-def _look(thing: Thing) -> Noun:
-    return Noun(thing.size, thing.colour, thing.texture, thing.shape)
 
 
 def _told(world: Scene, nouns: Nouns, kind: Kind, rng: np.random.Generator) -> Pairs:
@@ -151,9 +150,19 @@ def conversation(world: Scene, rng: np.random.Generator) -> Pairs:
 
 
 def riddled(world: Scene, rng: np.random.Generator) -> list[Riddle]:
-    """Draw all kinds of riddles that the scene has, some of them twice in other words."""
-    found = [r for _ in range(2) for r in riddles(world, rng, len(TYPES))]
-    return list({r.text: r for r in found}.values())
+    """Draw at most three riddles, half as often the easy ones about a shape."""
+    found = [r for r in riddles(world, rng, len(TYPES)) if r.type != "shape" or rng.random() < 0.5]
+    return found[:3]
+
+
+def reads(world: Scene, rng: np.random.Generator) -> Pairs:
+    """Return lists of every size, colour, texture and shape by square, each in a random order."""
+    told = {square(thing): thing for thing in world.things}
+    orders = {str(name): rng.permutation(sorted(told)) for name in rng.permutation(ATTRIBUTES)}
+    return [
+        (f"every {name}", ", ".join(f"{place} {getattr(told[place], name)}" for place in order))
+        for name, order in orders.items()
+    ]
 
 
 def standing(world: Scene) -> Pairs:
@@ -161,14 +170,14 @@ def standing(world: Scene) -> Pairs:
     found = Pairs()
     for name in world.ground.names:
         on = [square(t) for t, share in zip(world.things, shares(world, name), strict=True) if share >= ON]
-        found += [(f"{place} is on", name) for place in on]
+        found += [(f"under {place}", name) for place in on]
         found.append((f"on the {name}", " ".join(sorted(on, key=SQUARES.index)) or NOWHERE))
     return found
 
 
 def riddle_lines(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw lines of every kind, about half of them riddles, answered by a square or a reason, and what is on what."""
-    found = everything(world, rng)[:6]
+    found = everything(world, rng)[:9] + reads(world, rng)[:2]
     for r in riddled(world, rng):
         found += [(r.text, square(world.things[r.thing])), (f"explain {r.text.lower()}", r.explanation)]
     found += standing(world)
@@ -177,8 +186,7 @@ def riddle_lines(world: Scene, rng: np.random.Generator) -> Pairs:
 
 def riddle_talk(world: Scene, rng: np.random.Generator) -> Pairs:
     """Draw a conversation of riddles, and as much of what else is asked."""
-    found = [riddle(r, world, rng) for r in riddled(world, rng)]
-    return found[:5] + conversation(world, rng)[:4]
+    return [riddle(r, world, rng) for r in riddled(world, rng)] + conversation(world, rng)[:6]
 
 
 def refer(text: str, place: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -258,11 +266,12 @@ class Texts:
         rows = []
         for k in range(rank, BATCH, world):
             number = SPLITS["parts"][0] + step * BATCH + k
-            world, rng = scene(number), np.random.default_rng([SEED, number, 1])
+            reading = READS <= step < RIDDLES
+            world, rng = scene(number, "hard" if reading else "easy"), np.random.default_rng([SEED, number, 1])
             ask = grounds if GROUNDS_FROM <= step < GROUNDS_TO else everything if step >= LOOKS else look_ups
-            if step >= RIDDLES:
-                ask = riddle_lines
-            if step < LINES or step % MIXED == 0 or ask is grounds:
+            if step >= READS:
+                ask = reads if reading else riddle_lines
+            if step < LINES or step % MIXED == 0 or ask in (grounds, reads):
                 rows.append(self.lines(world, ask(world, rng), step % 2 == 1))
             else:
                 talk = riddle_talk(world, rng) if step >= RIDDLES else conversation(world, rng)

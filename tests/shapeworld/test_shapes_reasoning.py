@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from xseg.data.shapeworld.board import SQUARES, square
 from xseg.data.shapeworld.grounded import grounded
 from xseg.data.shapeworld.language import NUMBERS
 from xseg.data.shapeworld.reasoning import GROUND_CLAUSES, SHAPE_CLAUSES, TYPES, Riddle, riddles
@@ -103,24 +104,49 @@ def test_things_between_two_grounds_are_not_asked_for(asked: list[tuple[Scene, l
 
 
 def test_all_are_explained_truly(asked: list[tuple[Scene, list[Riddle]]]) -> None:
-    explained = [(scene, r) for scene, found in asked for r in found if r.explanation]
-    assert len(explained) == sum(len(found) for _, found in asked)
-    for scene, riddle in explained:
+    for scene, riddle in ((scene, r) for scene, found in asked for r in found):
         others = [t for i, t in enumerate(scene.things) if i != riddle.thing]
         meant = scene.things[riddle.thing]
-        why, looks = re.fullmatch(r"(.+\.) It is the (.+)\.", riddle.explanation).groups()
-        assert looks == f"{meant.size} {meant.colour} {meant.texture} {meant.shape}"
-        if match := re.fullmatch(r"All the others are (\w+)\.", why):
+        why = re.sub(r"I see [^.]+\. ", "", riddle.explanation)
+        assert (why == riddle.explanation) == (riddle.type == "shape"), "what is compared is told"
+        if riddle.type == "shape":
+            reason, looks = re.fullmatch(r"(.+\.) It is the (.+)\.", why).groups()
+            assert meant.shape in reason
+            assert looks == f"{meant.size} {meant.colour} {meant.texture} {meant.shape}"
+        elif match := re.fullmatch(r"All the others are (\w+)\.", why):
             plurals = {t.shape + ("es" if t.shape.endswith("s") else "s") for t in others}
             assert any({match[1]} == {getattr(t, a) for t in others} for a in LOOKS) or {match[1]} == plurals
-        elif match := re.fullmatch(r"The (\w+)most shape is (?:an? )?(\w+)\.", why):
+        elif match := re.fullmatch(r"The (\w+)most shape, (\w\d), is (?:an? )?(\w+)\.", why):
             axis, sign = SIDES[match[1]]
             anchor = min(scene.things, key=lambda t: sign * t.centre[axis])
-            assert match[2] in (anchor.colour, anchor.shape)
-        elif riddle.type == "shape":
-            assert meant.shape in why
+            assert match[2] == square(anchor) and match[3] in (anchor.colour, anchor.shape)
         else:
-            assert riddle.type == "ground"
+            assert riddle.type == "ground" and next(p for c, p in PLACES.items() if c in riddle.text) in why
+
+
+def test_what_is_compared_is_listed_thing_by_thing(asked: list[tuple[Scene, list[Riddle]]]) -> None:
+    lists: Counter[str] = Counter()
+    for scene, riddle in ((scene, r) for scene, found in asked for r in found if r.type != "shape"):
+        things = sorted(scene.things, key=lambda t: SQUARES.index(square(t)))
+        told = [
+            [item.split() for item in seen.split(", ")] for seen in re.findall(r"I see (.+?)\.", riddle.explanation)
+        ]
+        assert all([place for place, _ in seen] == [square(t) for t in things] for seen in told), "as one reads"
+        values = [[value for _, value in seen] for seen in told]
+        meant = things.index(scene.things[riddle.thing])
+        if riddle.type == "odd":
+            assert values == [[getattr(t, a) for t in things] for a in LOOKS[: len(values)]]
+            differs = [len(set(seen)) == 2 and seen.count(seen[meant]) == 1 and len(seen) > 2 for seen in values]
+            assert differs == [False] * (len(values) - 1) + [True], "until what is odd"
+        elif riddle.type == "alike":
+            attribute = re.search("colour|shape", riddle.text)[0]
+            assert values == [[getattr(t, attribute) for t in things]]
+        else:
+            name = next(place for clause, place in PLACES.items() if clause in riddle.text)
+            assert [i for i, value in enumerate(values[0]) if value == name] == [meant], "one thing alone is on it"
+            assert len(values) == 1 and set(values[0]) <= set(scene.ground.names)
+        lists[riddle.type] += 1
+    assert min(lists[kind] for kind in TYPES if kind != "shape") > 30
 
 
 def test_same_seed_same_riddles() -> None:

@@ -331,8 +331,13 @@ def _read(scene: Scene, rng: np.random.Generator) -> list[str]:
     return [" ".join((told[k][-1], *told[k][:-1])) for k in chosen]
 
 
+def look(thing: Thing) -> Noun:
+    """Return the noun that tells all that a thing looks like."""
+    return Noun(**{a: getattr(thing, a) for a in ATTRIBUTES})
+
+
 def _full(thing: Thing) -> str:
-    return article(Noun(thing.size, thing.colour, thing.texture, thing.shape).text())
+    return article(look(thing).text())
 
 
 def listed(parts: list[str]) -> str:

@@ -3,15 +3,19 @@
 Some need knowledge ("What could roll?"), some a comparison of everything ("Which is the odd one out?"), some a look at
 one thing to find another. The answer is one thing, computed from the scene; where two people could give two answers,
 nothing is asked.
+
+The explanation walks to the answer in steps that can each be read off the picture: where things must be compared, it
+says the word that matters for each of them, behind its square, before it draws the conclusion.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from xseg.data.shapeworld.language import ATTRIBUTES, SIDES, Form, Noun, article, evaluate, word
+from xseg.data.shapeworld.board import SQUARES, square
+from xseg.data.shapeworld.language import SIDES, Form, Noun, article, evaluate, look, word
 from xseg.data.shapeworld.world import Scene, ground_map
 
 TYPES = ("shape", "ground", "odd", "alike")
@@ -52,7 +56,7 @@ class Riddle:
     thing: int
     """Index into ``Scene.things``, which holds others too."""
     explanation: str
-    """Why, in a sentence, and a second one that says what the thing looks like."""
+    """What there is to compare, or what the thing looks like, and why, a sentence each."""
 
 
 Found = tuple[str, str, int, str] | None
@@ -66,10 +70,8 @@ def riddles(scene: Scene, rng: np.random.Generator, count: int) -> list[Riddle]:
         found = ASK[str(kind)](scene, rng)
         if found is not None:
             sentence, phrase, thing, why = found
-            words = Noun(**{a: getattr(scene.things[thing], a) for a in ATTRIBUTES})
-            explanation = f"{why} It is the {words.text()}."
             is_sentence = bool(rng.random() < SENTENCES)
-            out.append(Riddle(str(kind), sentence if is_sentence else phrase, is_sentence, thing, explanation))
+            out.append(Riddle(str(kind), sentence if is_sentence else phrase, is_sentence, thing, why))
     return out[:count]
 
 
@@ -83,11 +85,13 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Found:
     for clause, (shapes, why) in SHAPE_CLAUSES.items():
         rows = [i for i, thing in enumerate(scene.things) if thing.shape in shapes]
         if _one(rows, scene):
-            options.append((clause, rows[0], f"{article(scene.things[rows[0]].shape).capitalize()} {why}."))
+            thing = scene.things[rows[0]]
+            reason = f"{article(thing.shape).capitalize()} {why}. It is the {look(thing).text()}."
+            options.append((clause, rows[0], reason))
     if not options:
         return None
-    clause, thing, reason = options[int(rng.integers(len(options)))]
-    return f"What {clause}?", f"the one that {clause}", thing, reason
+    clause, row, reason = options[int(rng.integers(len(options)))]
+    return f"What {clause}?", f"the one that {clause}", row, reason
 
 
 def shares(scene: Scene, ground: str) -> list[float]:
@@ -96,15 +100,25 @@ def shares(scene: Scene, ground: str) -> list[float]:
     return [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
 
 
+def _seen(scene: Scene, told: Sequence[str]) -> str:
+    """Return the sentence that lists a word of each thing behind its square, as one reads: who compares the things must
+    have looked at every one of them."""
+    squares = [square(thing) for thing in scene.things]
+    order = sorted(range(len(squares)), key=lambda i: SQUARES.index(squares[i]))
+    return f"I see {', '.join(f'{squares[i]} {told[i]}' for i in order)}."
+
+
 def _ground(scene: Scene, rng: np.random.Generator) -> Found:
     options = []
+    on = {name: shares(scene, name) for name in scene.ground.names}
+    behind = [max(on, key=lambda name: on[name][i]) for i in range(len(scene.things))]
     for clause, (name, reason) in GROUND_CLAUSES.items():
-        if name not in scene.ground.names:
+        if name not in on:
             continue
-        parts = shares(scene, name)
+        parts = on[name]
         rows = [i for i, share in enumerate(parts) if share >= ON]
         if _one(rows, scene) and not any(OFF < share < ON for share in parts):
-            options.append((clause, rows[0], reason))
+            options.append((clause, rows[0], f"{_seen(scene, behind)} {reason}"))
     if not options:
         return None
     clause, thing, reason = options[int(rng.integers(len(options)))]
@@ -115,18 +129,20 @@ def _odd(scene: Scene, rng: np.random.Generator) -> Found:
     """One thing differs where all others agree; asked only where no second thing could be meant."""
     if len(scene.things) < LEAST_ODD:
         return None
-    found: dict[int, list[tuple[str, str]]] = {}
+    found: dict[int, str] = {}
+    seen = []
     for attribute in ("colour", "shape", "texture", "size"):
         values = [getattr(thing, attribute) for thing in scene.things]
+        seen.append(_seen(scene, values))
         (common, most), *rest = Counter(values).most_common()
         if len(rest) == 1 and most == len(values) - 1:
-            found.setdefault(values.index(rest[0][0]), []).append((attribute, common))
+            others = Noun(shape=common).text(plural=True) if attribute == "shape" else common
+            # the first attribute in which it differs is reason enough
+            found.setdefault(values.index(rest[0][0]), f"{' '.join(seen)} All the others are {others}.")
     if len(found) != 1:
         return None
-    ((thing, reasons),) = found.items()
-    attribute, common = reasons[int(rng.integers(len(reasons)))]
-    others = Noun(shape=common).text(plural=True) if attribute == "shape" else common
-    return "Which is the odd one out?", "the odd one out", thing, f"All the others are {others}."
+    ((thing, why),) = found.items()
+    return "Which is the odd one out?", "the odd one out", thing, why
 
 
 def _alike(scene: Scene, rng: np.random.Generator) -> Found:
@@ -142,13 +158,16 @@ def _alike(scene: Scene, rng: np.random.Generator) -> Found:
             value = getattr(scene.things[anchor], attribute)
             rows = [i for i, t in enumerate(scene.things) if i != anchor and getattr(t, attribute) == value]
             if len(rows) == 1:
-                options.append((attribute, word(form), value, rows[0]))
+                options.append((attribute, word(form), anchor, rows[0]))
     if not options:
         return None
-    attribute, anchor_words, value, thing = options[int(rng.integers(len(options)))]
-    clause = f"has the {attribute} of {anchor_words}"
+    attribute, words, anchor, thing = options[int(rng.integers(len(options)))]
+    values = [getattr(thing, attribute) for thing in scene.things]
+    value = values[anchor]
     told = value if attribute == "colour" else article(value)
-    return f"What else {clause}?", f"the other one that {clause}", thing, f"{anchor_words.capitalize()} is {told}."
+    clause = f"has the {attribute} of {words}"
+    why = f"{_seen(scene, values)} {words.capitalize()}, {square(scene.things[anchor])}, is {told}."
+    return f"What else {clause}?", f"the other one that {clause}", thing, why
 
 
 ASK: dict[str, Callable[[Scene, np.random.Generator], Found]] = {

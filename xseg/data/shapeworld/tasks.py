@@ -36,7 +36,7 @@ from xseg.errors import UserError
 from xseg.geometry.masks import encode, to_json
 from xseg.geometry.prompts import KINDS
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same arguments give other files than before."""
 RIDDLES = 3
 """Most riddles a picture."""
