@@ -122,13 +122,35 @@ def test_texts_of_phi_hold_no_pair(parts):
     phi = parts["phi_texts"]
     shapes = set()
     for number in range(SPLITS["parts"][0], SPLITS["parts"][0] + 400):
-        world, rng = phi.scene(number), np.random.default_rng(number)
+        world, rng = phi.scene(number, ("easy", "hard")[number % 3 == 0]), np.random.default_rng(number)
         assert not looks(world) & set(HELD_OUT_PAIRS)
-        for draw in (phi.look_ups, phi.everything, phi.grounds, phi.conversation):
+        for draw in (
+            phi.look_ups,
+            phi.everything,
+            phi.grounds,
+            phi.reads,
+            phi.riddle_lines,
+            phi.riddle_talk,
+            phi.conversation,
+        ):
             said = " | ".join(line for pair in draw(world, rng) for line in pair)
             assert not PAIR.search(said), said
         shapes |= set(SHAPE.findall(said))
     assert shapes == set(HELD_OUT_SHAPES), "the scan sees held-out shapes where they may be, so it looks at real texts"
+
+
+def test_phi_reads_what_stands_on_each_square(parts):
+    phi = parts["phi_texts"]
+    orders = set()
+    for number in range(30):
+        world = phi.scene(number, "hard")
+        told = {phi.square(thing): thing for thing in world.things}
+        for question, answer in phi.reads(world, np.random.default_rng(number)):
+            items = [item.split() for item in answer.split(", ")]
+            name = question.removeprefix("every ")
+            assert dict(items) == {place: getattr(thing, name) for place, thing in told.items()}
+            orders.add(tuple(sorted(told).index(place) for place, _ in items))
+    assert len(orders) > 100, "an order that could be known would make it a list to learn by heart"
 
 
 def test_captions_of_siglip_hold_no_pair(parts):
