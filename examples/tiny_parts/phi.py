@@ -93,7 +93,7 @@ class Check:
     """Held-out accuracy in percent: every question and expression asked alone, with teacher forcing.
 
     Asked as lines and in conversations. An answer must match as a whole; of the answer to an expression in a
-    conversation, whose wording is free, the square alone, and of that to a riddle the reason, which names the thing.
+    conversation, whose wording is free, the square alone, and of that to a riddle the reason, which leads to the thing.
     """
 
     def __init__(self, texts: Texts, scenes: int) -> None:

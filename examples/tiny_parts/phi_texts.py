@@ -196,7 +196,7 @@ def refer(text: str, place: str, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def riddle(found: Riddle, world: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Return a question that takes a step of thought, answered by the reason, what is meant, and its square."""
+    """Return a question that takes a step of thought, answered by the reason, the square, and a request's answer."""
     place = square(world.things[found.thing])
     answer = phrasing.pick(phrasing.ANSWER, rng, True).replace(SEG, f"{HERE}{place}")
     return phrasing.pick(phrasing.EXPLAIN, rng, True).format(

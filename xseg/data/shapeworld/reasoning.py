@@ -100,12 +100,11 @@ def shares(scene: Scene, ground: str) -> list[float]:
     return [float(band[scene.visible(i)].mean()) for i in range(len(scene.things))]
 
 
-def _seen(scene: Scene, told: Sequence[str]) -> str:
+def _seen(scene: Scene, words: Sequence[str]) -> str:
     """Return the sentence that lists a word of each thing behind its square, as one reads: who compares the things must
     have looked at every one of them."""
-    squares = [square(thing) for thing in scene.things]
-    order = sorted(range(len(squares)), key=lambda i: SQUARES.index(squares[i]))
-    return f"I see {', '.join(f'{squares[i]} {told[i]}' for i in order)}."
+    told = zip(map(square, scene.things), words, strict=True)
+    return f"I see {', '.join(' '.join(pair) for pair in sorted(told, key=lambda pair: SQUARES.index(pair[0])))}."
 
 
 def _ground(scene: Scene, rng: np.random.Generator) -> Found:
