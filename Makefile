@@ -3,18 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all overfit photos parts train-long bench clean compiler
+.PHONY: demo test test-all overfit photos parts train-long bench clean
 
-demo: compiler $(READY)
+demo: $(READY)
 	$(BIN)/xseg demo --out runs/demo
 
-overfit: compiler $(READY)
+overfit: $(READY)
 	$(BIN)/xseg demo --recipe overfit --out runs/overfit
 
 # Photographs by heart; DATA is the folder that examples/photos.py speaks of.
 LAUNCH := $(BIN)/accelerate launch --config_file train_stages/accelerate/zero2.yaml -m xseg.train
 PHOTOS := runs/real/data
-photos: compiler $(READY)
+photos: $(READY)
 	$(BIN)/python examples/photos.py $(DATA) --out $(PHOTOS)
 	$(LAUNCH) train_stages/real/s1_segmentor.yaml --set data_root=$(PHOTOS) --resume auto
 	$(LAUNCH) train_stages/real/s3_mixed.yaml --set data_root=$(PHOTOS) --resume auto
@@ -32,7 +32,7 @@ parts: $(READY)
 	$(PAIR) examples/tiny_parts/sam.py --out examples/tiny_parts/sam
 
 # The shipped model, from those parts: what `xseg chat` opens.
-train-long: compiler $(READY)
+train-long: $(READY)
 	$(BIN)/xseg demo --recipe long --out runs/long --images 30000
 	$(BIN)/xseg export runs/long --out examples/tiny_model --limit-mb 12
 
@@ -55,11 +55,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
-
-# DeepSpeed compiles one small operator on its first CPU run; say so before any work is done.
-compiler:
-	@command -v $${CXX:-c++} >/dev/null 2>&1 || { \
-	echo "xseg: DeepSpeed on CPU needs a C++ compiler, and none was found: install one (Debian: apt-get install g++), then run make again" >&2; exit 2; }
 
 clean:
 	rm -rf .venv runs dist build

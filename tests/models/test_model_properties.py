@@ -8,6 +8,7 @@ from model_cases import CATEGORIES, TALK, TWO_TURNS, alone, batch, kinds, model
 from torch import Tensor
 
 from xseg.errors import UserError
+from xseg.models import llm
 from xseg.models.configuration import XSegConfig
 from xseg.models.mask_decoder import Groups
 from xseg.models.region_sampler import sample_regions
@@ -99,6 +100,22 @@ def test_a_sample_in_a_padded_batch_equals_the_sample_alone() -> None:
     count = len(single.lm_labels)
     torch.testing.assert_close(both.lm_logits[:count], single.lm_logits, rtol=1e-4, atol=1e-5)
     assert both.lm_labels[:count].tolist() == single.lm_labels.tolist() == [30, 61, 2]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_texts_padded_behind_need_no_mask(kernel: str) -> None:
+    made, totals = model().llm, torch.tensor([9, 4, 1])
+    made.set_attn_implementation(kernel)
+    mask = torch.arange(9) < totals[:, None]
+    rows = torch.randn(3, 9, made.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    found = []
+    for given in (None, mask):
+        leaf = rows.clone().requires_grad_()
+        states = llm.hidden_states(made, leaf, mask=given)[mask]
+        (gradient,) = torch.autograd.grad(states.square().sum(), leaf)
+        found.append((states, gradient))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not found[0][1][~mask].any(), "nothing looks at what stands behind"
 
 
 @torch.no_grad()

@@ -29,6 +29,19 @@ def test_a_machine_without_its_number_is_told() -> None:
     assert done.returncode != 0 and "MACHINE" in done.stderr
 
 
+def test_deepspeed_on_cpu_needs_no_compiler(tmp_path: Path) -> None:
+    code = (
+        "from deepspeed.comm.torch import build_shm_op\n"
+        "from xseg.train import launch\n"
+        "launch._compile_nothing()\n"
+        "assert build_shm_op() is None"
+    )
+    given = {**os.environ, "PATH": str(tmp_path), "CXX": "none", "DS_ACCELERATOR": "cpu", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -52,6 +52,16 @@ def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
     assert turned.min() > 0.97, "the nearest orthogonal matrix, nearly"
 
 
+def test_a_step_is_the_published_polynomials() -> None:
+    given = torch.randn(2, 40, 200, generator=torch.Generator().manual_seed(1))
+    x = given / given.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    # bfloat16 has eight bits: 0.3 % at each rounding of ten products
+    assert (orthogonal(given) - x).norm() < 0.03 * x.norm()
+
+
 def test_a_step_has_the_size_of_adamws_whatever_the_gradients() -> None:
     for loud in (1e-3, 1e3):
         weight = nn.Parameter(torch.zeros(32, 96))

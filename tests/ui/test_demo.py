@@ -141,10 +141,6 @@ def test_the_machine_is_checked_before_anything_is_written(tmp_path: Path, monke
     monkeypatch.setattr(module, "LEAST_DISK", 1 << 60)
     with pytest.raises(UserError, match="GiB free"):
         made(tmp_path).run()
-    monkeypatch.setattr(module, "LEAST_DISK", 0)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="compiler"):
-        made(tmp_path).run()
     assert not (tmp_path / "out").exists()
 
 

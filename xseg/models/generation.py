@@ -69,7 +69,7 @@ def generate(
         features = model.encode_images(batch.llm_pixels, batch.mask_pixels)
     layout, rows = model.embed(batch, features)
     cache = DynamicCache(config=model.config.text_config)
-    prompt = llm.hidden_states(model.llm, rows, layout.mask, cache=cache)
+    prompt = llm.hidden_states(model.llm, rows, mask=layout.mask, cache=cache)
     answers = _loop(model, layout, prompt, cache, limits, processors)
     full, queries = complete(batch, answers, model.config)
     whole = model.layout(full, features)
@@ -112,7 +112,7 @@ def _loop(
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         row = model.llm.get_input_embeddings()(token[:, None])
         places = (layout.total + step)[:, None]
-        last = llm.hidden_states(model.llm, row, mask, places=places, cache=cache)[:, 0]
+        last = llm.hidden_states(model.llm, row, mask=mask, places=places, cache=cache)[:, 0]
         states.append(last)
         if bool(done.all()):
             break

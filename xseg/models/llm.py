@@ -11,15 +11,19 @@ def build_llm(config: PreTrainedConfig) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
-def hidden_states(llm: Any, rows: Tensor, mask: Tensor, *, places: Tensor | None = None, cache: Any = None) -> Tensor:
-    """Rows (B, n, D) with mask (B, seen + n) bool -> states (B, n, D) after the final norm.
+def hidden_states(
+    llm: Any, rows: Tensor, *, mask: Tensor | None = None, places: Tensor | None = None, cache: Any = None
+) -> Tensor:
+    """Rows (B, n, D) -> states (B, n, D) after the final norm; what stands behind a sample's last row is no matter.
 
-    ``cache`` is filled in place. ``places`` (B, n) are needed with a cache: rows of a padded batch differ.
+    ``cache`` is filled in place. With it go ``mask`` (B, seen + n) bool, True on rows, and, once it holds something,
+    ``places`` (B, n): padding then lies before rows. Else it lies behind all of them, where causal attention does not
+    look, and kernels that need no mask do half the work.
     """
     decoder = llm.get_decoder()
     out = decoder(
         inputs_embeds=rows,
-        attention_mask=mask.long(),
+        attention_mask=None if mask is None else mask.long(),
         position_ids=places,
         past_key_values=cache,
         use_cache=cache is not None,

@@ -66,7 +66,7 @@ def black(model: "XSegModel") -> list[Tensor]:
 def words(model: "XSegModel") -> Tensor:
     """States (1, 1, D) of a text of one word."""
     rows = model.llm.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    return llm.hidden_states(model.llm, rows, torch.ones(1, 1, dtype=torch.bool, device=model.device))
+    return llm.hidden_states(model.llm, rows)
 
 
 def _decoder(model: "XSegModel", maps: tuple[Tensor, list[Tensor]]) -> list[Tensor]:

@@ -153,7 +153,7 @@ class XSegModel(PreTrainedModel):
     def read(self, batch: Batch, features: ImageFeatures, ranks: Tensor | None = None) -> tuple[Layout, Tensor]:
         """Splice and run the language model: where the tokens stand, and states (B, n, D) after its final norm."""
         layout, rows = self.embed(batch, features, ranks)
-        return layout, llm.hidden_states(self.llm, rows, layout.mask)
+        return layout, llm.hidden_states(self.llm, rows)
 
     def layout(self, batch: Batch, features: ImageFeatures) -> Layout:
         """Where the tokens of ``batch`` stand once images and regions are spliced in."""

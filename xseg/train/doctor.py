@@ -21,7 +21,7 @@ from xseg.models.checkpoint import check_vocabulary, read_config
 from xseg.models.xseg import XSegModel
 from xseg.paths import find
 from xseg.train import assemble, optim, plan
-from xseg.train.stage import Stage, check_compiler, check_fsdp, read_stage
+from xseg.train.stage import Stage, check_fsdp, read_stage
 
 T = TypeVar("T")
 TOLERANCE = 1e-4
@@ -246,8 +246,6 @@ def launch_file(name: str) -> tuple[int, int]:
         raise UserError(f"{path}: num_processes = {count}, but WORLD_SIZE is {world}: each would train alone")
     if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
         raise UserError(f"{path}: ZeRO-3 without zero3_save_16bit_model: true cannot save `final`; add it")
-    if deepspeed and not devices:
-        check_compiler()
     # FSDP2 keeps all but the language model's layers whole until backward has ended: nearest to ZeRO-2.
     zero = 2 if deepspeed or fsdp else 0
     return count, int(deepspeed.get("zero_stage", zero))

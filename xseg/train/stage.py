@@ -1,9 +1,6 @@
 """A stage read from YAML, with everything that can be checked before a heavy library is imported."""
 
-import os
 import re
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,27 +86,6 @@ def check_fresh(stage: Stage, resume: bool) -> None:
         raise UserError(
             f"out = {stage.recipe.out}: holds an earlier run ({', '.join(done)}), and a new one would overwrite it; "
             "add --resume auto to continue it, or give another folder with --set out=DIR"
-        )
-
-
-def check_compiler() -> None:
-    """Raise UserError when DeepSpeed cannot compile its small CPU operator; torch honours ``CXX`` the same way.
-
-    ninja is also looked for beside the Python that runs, where pip puts it without an activated environment.
-    """
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
-        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"no C++ compiler {compiler!r} on PATH, and DeepSpeed on CPU compiles one small operator: install one "
-            "(Debian: apt-get install g++; or set CXX), or use --config_file train_stages/accelerate/single.yaml"
-        )
-    if shutil.which("ninja") is None:
-        raise UserError(
-            "no 'ninja' on PATH, and DeepSpeed on CPU compiles one small operator with it: pip install ninja, or use "
-            "--config_file train_stages/accelerate/single.yaml"
         )
 
 

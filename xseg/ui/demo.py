@@ -26,7 +26,7 @@ from xseg.data.sources import load_source
 from xseg.errors import UserError
 from xseg.infer.evaluate import write_json
 from xseg.paths import find, make_folder
-from xseg.train.stage import check_compiler, read_stage
+from xseg.train.stage import read_stage
 from xseg.ui.scores import summary_table, table
 
 GIB = 1 << 30
@@ -237,8 +237,7 @@ def fingerprint(recipes: Sequence[Path]) -> str:
 
 
 def precheck(out: Path) -> None:
-    """Raise UserError when the machine lacks a compiler, disk or memory, before anything is written."""
-    check_compiler()
+    """Raise UserError when the machine lacks disk or memory, before anything is written."""
     place = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < LEAST_DISK:

@@ -34,7 +34,7 @@ def overlay(
     """
     scale = max(1, SMALLEST_SIDE // max(image.size))
     size = (image.width * scale, image.height * scale)
-    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.NEAREST), np.float32)
+    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.NEAREST), np.float32)
     width = max(1, round(max(size) / 300))
     drawn = []
     for segment, colour in zip(segments, colours(segments), strict=True):
@@ -43,15 +43,14 @@ def overlay(
             continue
         if mask.shape != (image.height, image.width):
             raise ValueError(f"mask of {mask.shape} on an image of {(image.height, image.width)}")
-        mask = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-        edge = outline(mask, width)
-        pixels = np.where(mask[..., None], (1 - alpha) * pixels + alpha * np.array(colour, np.float32), pixels)
-        pixels = np.where(edge[..., None], np.array(colour, np.float32), pixels)
+        large = mask.repeat(scale, axis=0).repeat(scale, axis=1)
+        pixels[large] = (1 - alpha) * pixels[large] + alpha * np.array(colour, np.float32)
+        pixels[outline(large, width)] = colour
         drawn.append((segment, mask, colour))
     out = Image.fromarray(pixels.round().astype(np.uint8))
     for segment, mask, colour in drawn:
         if segment.label:
-            _label(out, segment.label, mask, colour)
+            _label(out, segment.label, mask, scale, colour)
     return out
 
 
@@ -72,15 +71,18 @@ def outline(mask: np.ndarray, width: int) -> np.ndarray:
     return mask & ~inner[1:-1, 1:-1]
 
 
-def _label(image: Image.Image, text: str, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
-    """Write ``text`` on a plate of the segment's colour, centred on the pixel farthest from the mask's border."""
+def _label(image: Image.Image, text: str, mask: np.ndarray, scale: int, colour: tuple[int, int, int]) -> None:
+    """Write ``text`` on a plate of the segment's colour, centred on the pixel farthest from the mask's border.
+
+    ``mask`` is that of the picture before it was enlarged by ``scale``.
+    """
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(10, round(max(image.size) / 32)))
     text = text if len(text) <= 40 else text[:39] + "…"
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 4
     depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(np.argmax(depth)), mask.shape)
+    row, column = (k * scale + scale // 2 for k in np.unravel_index(int(np.argmax(depth)), mask.shape))
     x = int(np.clip(column - width / 2, 0, max(0, image.width - width)))
     y = int(np.clip(row - height / 2, 0, max(0, image.height - height)))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
