@@ -134,8 +134,11 @@ def _stroke(out: np.ndarray, path: np.ndarray) -> None:
     """Set the pixels under the straight lines between the (row, column) points of ``path``."""
     if len(path) > 1:
         starts, ends = _near(path[:-1], path[1:], out.shape)
-        steps = np.ceil(np.abs(ends - starts).max(1)).astype(int) + 1
-        path = np.concatenate([np.linspace(a, b, n) for a, b, n in zip(starts, ends, steps, strict=True)])
+        # One sum for all lines of a path, which are many and short.
+        counts = np.ceil(np.abs(ends - starts).max(1)).astype(int) + 1
+        line, first = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
+        part = ((np.arange(len(line)) - first[line]) / np.maximum(counts - 1, 1)[line])[:, None]
+        path = starts[line] * (1 - part) + ends[line] * part
     at = np.floor(path).astype(int)
     inside = (at >= 0).all(1) & (at < np.array(out.shape)).all(1)
     out[at[inside, 0], at[inside, 1]] = True
