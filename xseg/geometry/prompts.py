@@ -134,11 +134,14 @@ def _stroke(out: np.ndarray, path: np.ndarray) -> None:
     """Set the pixels under the straight lines between the (row, column) points of ``path``."""
     if len(path) > 1:
         starts, ends = _near(path[:-1], path[1:], out.shape)
-        # One sum for all lines of a path, which are many and short.
+        # np.linspace of every line, to the last bit, in one sum: a path's lines are many and short.
         counts = np.ceil(np.abs(ends - starts).max(1)).astype(int) + 1
         line, first = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
-        part = ((np.arange(len(line)) - first[line]) / np.maximum(counts - 1, 1)[line])[:, None]
-        path = starts[line] * (1 - part) + ends[line] * part
+        run, last = ends - starts, np.maximum(counts - 1, 1)[:, None]
+        number, step = (np.arange(len(line)) - first[line])[:, None], run / last
+        even = (step != 0).all(1, keepdims=True)
+        path = starts[line] + np.where(even[line], number * step[line], number / last[line] * run[line])
+        path[(first + counts - 1)[counts > 1]] = ends[counts > 1]
     at = np.floor(path).astype(int)
     inside = (at >= 0).all(1) & (at < np.array(out.shape)).all(1)
     out[at[inside, 0], at[inside, 1]] = True

@@ -64,7 +64,7 @@ def _top(
 def demo_command(
     out: Out = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Stages: a folder under train_stages; tiny is shorter.")] = "all",
-    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 6000,
+    images: Annotated[int, typer.Option(min=1, help="Training images.")] = 8000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data and, if not 0, of the stages.")] = 0,
 ) -> None:
     """The whole walk on ShapeWorld: data, three stages, evaluation, report, one chat turn."""
