@@ -139,6 +139,7 @@ def _stroke(out: np.ndarray, path: np.ndarray) -> None:
         line, first = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
         run, last = ends - starts, np.maximum(counts - 1, 1)[:, None]
         number, step = (np.arange(len(line)) - first[line])[:, None], run / last
+        # where a line stands still along an axis, linspace multiplies in another order
         even = (step != 0).all(1, keepdims=True)
         path = starts[line] + np.where(even[line], number * step[line], number / last[line] * run[line])
         path[(first + counts - 1)[counts > 1]] = ends[counts > 1]
