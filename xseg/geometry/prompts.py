@@ -49,7 +49,7 @@ def widen(kind: str, prompt: np.ndarray, scale: float = 1.0) -> np.ndarray:
     radius = RADIUS.get(kind, 0) * scale
     if not radius or not prompt.any():
         return prompt.astype(bool)
-    rows, columns = _window(prompt, int(np.ceil(radius)))
+    rows, columns = window(prompt, int(np.ceil(radius)))
     out = np.zeros(prompt.shape, bool)
     out[rows, columns] = ndimage.distance_transform_edt(~prompt[rows, columns].astype(bool)) <= radius
     return out
@@ -77,6 +77,13 @@ def from_box(size: Size, box: Sequence[float]) -> np.ndarray:
     left, top, right, bottom = np.rint(np.asarray(box, np.float64)).astype(int)
     out[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
     return out
+
+
+def window(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """Return the rows and columns that a (H, W) mask, which is not empty, lies in, with ``margin`` pixels around."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
+    return slice(top, int(rows[-1]) + margin + 1), slice(left, int(columns[-1]) + margin + 1)
 
 
 def _parts(mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -171,12 +178,6 @@ def _near(starts: np.ndarray, ends: np.ndarray, shape: tuple[int, ...]) -> tuple
 
 def _add_rough(out: np.ndarray, part: np.ndarray) -> None:
     """Add the blurred part where it exceeds its mean over the image."""
-    rows, columns = _window(part, int(4 * SIGMA) + 1)  # beyond four sigma the blur is zero
+    rows, columns = window(part, int(4 * SIGMA) + 1)  # beyond four sigma the blur is zero
     blurred = ndimage.gaussian_filter(part[rows, columns].astype(np.float32), SIGMA)
     out[rows, columns] |= blurred > blurred.sum() / part.size
-
-
-def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
-    return slice(top, int(rows[-1]) + margin + 1), slice(left, int(columns[-1]) + margin + 1)

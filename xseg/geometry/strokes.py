@@ -25,8 +25,11 @@ def stroke(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def polygon(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the (H, W) bool mask of a filled polygon of at most ``CORNERS`` corners about an object (H, W)."""
-    rows, columns = np.nonzero(mask)
-    points = np.stack([columns, rows], 1)
+    rows = np.flatnonzero(mask.any(1))
+    within = mask[rows].astype(bool)
+    # both ends of every row: no other pixel is a corner of the hull
+    columns = np.stack([within.argmax(1), mask.shape[1] - 1 - within[:, ::-1].argmax(1)], 1)
+    points = np.stack([columns.ravel(), rows.repeat(2)], 1)
     try:
         outline = points[ConvexHull(points).vertices]
     except (QhullError, ValueError):

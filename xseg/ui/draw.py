@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from xseg.geometry import masks as rle
+from xseg.geometry.prompts import window
 from xseg.types import Segment
 
 PALETTE = (
@@ -44,8 +45,10 @@ def overlay(
         if mask.shape != (image.height, image.width):
             raise ValueError(f"mask of {mask.shape} on an image of {(image.height, image.width)}")
         large = mask.repeat(scale, axis=0).repeat(scale, axis=1)
-        pixels[large] = (1 - alpha) * pixels[large] + alpha * np.array(colour, np.float32)
-        pixels[outline(large, width)] = colour
+        seen = window(large)
+        part, large = pixels[seen], large[seen]
+        part[large] = (1 - alpha) * part[large] + alpha * np.array(colour, np.float32)
+        part[outline(large, width)] = colour
         drawn.append((segment, mask, colour))
     out = Image.fromarray(pixels.round().astype(np.uint8))
     for segment, mask, colour in drawn:

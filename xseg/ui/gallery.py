@@ -76,7 +76,7 @@ def card(sample: Sample, row: dict[str, Any], pictures: Path, stem: str) -> Card
             shown += [("truth", truth(sample)), ("prediction", predicted(row))]
         for caption, segments in shown:
             name = f"{stem}-{caption}.png"
-            reduced(overlay(image, segments)).save(pictures / name)
+            reduced(overlay(image, segments)).save(pictures / name, compress_level=1)
             drawn.append((caption, name))
     scores = ", ".join(f"{name} {value:.1f}" for name, value in row["scores"].items())
     return Card(sample.key, scores, tuple(drawn), tuple(texts(sample, row)))

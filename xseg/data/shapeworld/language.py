@@ -6,6 +6,7 @@ where a person could disagree (shapes nearly level, several anchors), and such f
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, pairwise
 from typing import Literal
 
@@ -178,8 +179,13 @@ def choose(options: list[Noun], rng: np.random.Generator) -> Noun | None:
     """Draw a noun, short ones and those that name the shape more often; None from nothing."""
     if not options:
         return None
-    weights = np.array([(1.0 if noun.shape is None else 4.0) * 2.0 ** -noun.words() for noun in options])
+    weights = np.array([_weight(noun) for noun in options])
     return options[int(rng.choice(len(options), p=weights / weights.sum()))]
+
+
+@cache
+def _weight(noun: Noun) -> float:
+    return (1.0 if noun.shape is None else 4.0) * 2.0 ** -noun.words()
 
 
 def naming(nouns: Nouns, thing: int, rng: np.random.Generator, redundant: float = 0.25) -> Noun | None:
@@ -190,12 +196,9 @@ def naming(nouns: Nouns, thing: int, rng: np.random.Generator, redundant: float 
     return choose(alone, rng)
 
 
-def _shorter(noun: Noun) -> list[Noun]:
-    return [_drop(noun, a) for a in ATTRIBUTES if getattr(noun, a) is not None]
-
-
-def _drop(noun: Noun, attribute: str) -> Noun:
-    return Noun(**{a: getattr(noun, a) for a in ATTRIBUTES if a != attribute})
+@cache
+def _shorter(noun: Noun) -> tuple[Noun, ...]:
+    return tuple(replace(noun, **{a: None}) for a in ATTRIBUTES if getattr(noun, a) is not None)
 
 
 def _attribute(scene: Scene, nouns: Nouns, rng: np.random.Generator) -> Form | None:

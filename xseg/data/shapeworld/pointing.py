@@ -40,14 +40,13 @@ def _draw(mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw on the enlarged thing with its surroundings, and reduce."""
     side = mask.shape[0]
     factor, margin = max(1, round(prompts.PHOTOGRAPH / side)), int(np.ceil(MARGIN * side))
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    window = tuple(slice(max(int(at[0]) - margin, 0), int(at[-1]) + 1 + margin) for at in (rows, columns))
-    large = mask[window].repeat(factor, 0).repeat(factor, 1)
+    around = prompts.window(mask, margin)
+    large = mask[around].repeat(factor, 0).repeat(factor, 1)
     drawn = {kind: prompts.widen(kind, prompt) for kind, prompt in prompts.draw(large, rng).items()}
     drawn |= {"stroke": strokes.stroke(large, rng), "polygon": strokes.polygon(large, rng)}
     out = {}
     for kind, prompt in drawn.items():
         out[kind] = np.zeros(mask.shape, bool)
         cells = prompt.reshape(-1, factor, prompt.shape[1] // factor, factor)
-        out[kind][window] = cells.mean(axis=(1, 3)) >= LEAST_PART
+        out[kind][around] = cells.sum(1, dtype=np.uint16).sum(2) / factor**2 >= LEAST_PART
     return out
