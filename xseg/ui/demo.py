@@ -123,7 +123,7 @@ class Demo:
         steps = []
         for name, suite in suites.items():
             score = ("xseg", "eval", "--suite", suite, "--root", f"{self.out}/data")
-            places = ("--model", f"{self.out}/{name}/final", "--out", f"{self.out}/{name}/eval")
+            places = ("--model", f"{self.out}/{name}/final", "--batch-size", "32", "--out", f"{self.out}/{name}/eval")
             steps.append(Step(f"eval {name}", (*score, *places), self.out / name / "eval/results.json"))
         return steps
 
