@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Training on CPU, with the same weights to the last bit: on Linux a step else spends 5 to 10 % of its time on fresh memory (what
 # is freed is kept, in large pages), and 3 % on preparing products for lengths that it has met before.
 demo overfit photos parts train-long: export GLIBC_TUNABLES := \
-	glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=2147483648
+	glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 demo overfit photos parts train-long: export ONEDNN_PRIMITIVE_CACHE_CAPACITY := 32768
 
 demo: $(READY)
