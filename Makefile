@@ -5,13 +5,10 @@ READY := .venv/.ready
 
 .PHONY: demo test test-all overfit photos parts train-long bench clean
 
-# Training on CPU, with the same weights to the last bit: on Linux a step else spends 5 to 10 % of its time on fresh memory (what
-# is freed is kept, in large pages) and some on preparing products for lengths that it has met before
-# (bench/results/allocator.json).
-demo overfit photos parts train-long: export GLIBC_TUNABLES := \
-	glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-demo overfit photos parts train-long: export ONEDNN_PRIMITIVE_CACHE_CAPACITY := 32768
-
+# The same weights to the last bit in less time, for memory (bench/results/allocator.json): on Linux a step of training on CPU
+# else spends 5 to 10 % of its time on fresh memory, and some on preparing products for lengths that it has met before.
+demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+demo: export ONEDNN_PRIMITIVE_CACHE_CAPACITY := 32768
 demo: $(READY)
 	$(BIN)/xseg demo --out runs/demo
 
