@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
 
+from xseg.geometry import strokes
 from xseg.geometry.prompts import KINDS, draw, from_box, from_path, from_points, widen
 
 
@@ -93,3 +95,26 @@ def test_strokes_near_the_picture_are_the_lines_they_were() -> None:
         steps = np.ceil(np.abs(np.diff(path, axis=0)).max(1)).astype(int) + 1
         rows = [np.linspace(a, b, n) for a, b, n in zip(path[:-1], path[1:], steps, strict=True)]
         assert (from_path((30, 40), path.tolist()) == from_points((30, 40), np.concatenate(rows).tolist())).all()
+
+
+def plain_polygon(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The polygon by the hull of every pixel."""
+    points = np.argwhere(mask)[:, ::-1]
+    try:
+        outline = points[ConvexHull(points).vertices]
+    except (QhullError, ValueError):
+        return mask
+    corners = min(strokes.CORNERS, len(outline))
+    kept = outline[np.linspace(0, len(outline), corners, endpoint=False).astype(int)]
+    return strokes.filled(mask.shape, kept + rng.normal(0, strokes.SHAKE * np.ptp(points, axis=0).max(), kept.shape))
+
+
+def test_a_polygon_is_that_of_all_pixels() -> None:
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        blurred = ndimage.gaussian_filter(rng.normal(size=(30, 40)), rng.uniform(0.5, 4))
+        mask = blurred >= np.quantile(blurred, rng.uniform(0.5, 1))  # from half of the picture to a pixel
+        if number % 2:
+            mask = mask.repeat(7, 0).repeat(7, 1)
+        found = strokes.polygon(mask, np.random.default_rng(1))
+        assert (found == plain_polygon(mask, np.random.default_rng(1))).all()
